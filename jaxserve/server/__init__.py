@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API and SGLang's native one, over an `AsyncEngine`."""

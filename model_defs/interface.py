@@ -1,0 +1,78 @@
+"""The contract between a model and whoever runs it: what a step gives and what a layer must offer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Which tokens of the step belong to which row, and where the row's KV pages are.
+
+    With data parallelism every array is the concatenation of one such block per rank, and the
+    numbers inside a block are local to the rank.
+    """
+
+    kv_lens: Int[Array, " R"]  # tokens in KV after this step
+    page_table: Int[Array, "R P"]
+    query_starts: Int[Array, " R+1"]
+    distribution: Int[Array, " 3"]  # (decode rows, end of the prefill chunks, live rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Everything a decoder reads in one step, padded to a bucket of T tokens and R rows."""
+
+    tokens: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    prompt_lens: Int[Array, " T"]  # prompt length of the token's request (length-dependent ropes)
+    attention: AttentionMetadata
+    sample_at: Int[Array, " R"]  # token index, local to the rank, whose logits row r wants
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What one layer keeps per token.
+
+    `num_kv_heads` counts heads as placed on the mesh (replicated and padded heads included).
+    """
+
+    kind: str  # "paged"
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: np.dtype
+    window: int | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes per token over the whole mesh."""
+        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
+
+
+Cache = Any  # opaque to everyone but the kernel that reads it
+Caches = tuple[Cache, ...]
+
+
+class Mixer(Protocol):
+    """Token mixing: attention or whatever replaces it."""
+
+    def __call__(
+        self, x: Float[Array, "T D"], batch: ForwardBatch, cache: Cache
+    ) -> tuple[Float[Array, "T D"], Cache]: ...
+
+    @property
+    def cache_spec(self) -> CacheSpec: ...
+
+
+class FeedForward(Protocol):
+    """Channel mixing: one token at a time."""
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]: ...

@@ -1,0 +1,30 @@
+"""Mistral 7B, NeMo and Small 3: Llama with an optional sliding window (arXiv:2310.06825)."""
+
+from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.hf_config import HFConfig
+from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.mlp import MLP
+from model_defs.layers.norm import RMSNorm
+from model_defs.layers.rope import rope_from_hf
+from model_defs.llama import TINY, llama_weights
+from model_defs.registry import register
+
+
+@register(
+    "MistralForCausalLM",
+    weights=llama_weights,
+    examples=("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-Small-24B-Instruct-2501"),
+    tiny=({**TINY, "sliding_window": None}, {**TINY, "head_dim": 24, "sliding_window": 8}),
+)
+def mistral(cfg: HFConfig) -> DecoderSpec:
+    norm = RMSNorm(cfg["rms_norm_eps"])
+    layer = Layer(
+        mixer=GQA.from_hf(
+            cfg,
+            position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
+            window=cfg.get("sliding_window"),
+        ),
+        ffn=MLP(cfg["intermediate_size"], cfg.get("hidden_act", "silu")),
+        norms=PreNorm(norm),
+    )
+    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)

@@ -1,0 +1,161 @@
+"""The table of families: from an architecture's name to a spec and the rules for its weights.
+
+Three ways in, all ending in the same table:
+
+* `@register("MyForCausalLM", ...)` in a file of this package; found by importing every module here.
+* `ModelRegistry.models["MyForCausalLM"] = family` from anywhere, before the engine starts.
+* an entry point in the group `jaxserve.models` of an installed package, naming a module to import
+  (its `@register` calls run) or a `Family`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model_defs.decoder import DecoderSpec
+from model_defs.hf_config import HFConfig, UnsupportedConfig
+from model_defs.weights import Rule
+
+ENTRY_POINT_GROUP = "jaxserve.models"
+
+Build = Callable[[HFConfig], DecoderSpec]
+Weights = Sequence[Rule] | Callable[[HFConfig], Sequence[Rule]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        name: of the family, for tables.
+        architectures: names in `config.json`.
+        build: config -> spec.
+        weights: rules, or a function of the config that gives them.
+        ignored: config keys that do not change this family's forward pass.
+        examples: hub ids.
+        tiny: fields of a small config for tests.
+        home: the file it is declared in, for errors.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    build: Build
+    weights: Weights
+    ignored: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    tiny: tuple[Mapping[str, Any], ...] = ()
+    home: str = ""
+
+    def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
+        """Build the spec of a `config.json` under strict reading.
+
+        Raises:
+            UnsupportedConfig: a key is missing, has an unimplemented value, or was not read.
+        """
+        cfg = self._config(config)
+        spec = self.build(cfg)
+        for key in self.ignored:
+            cfg.get(key)
+        cfg.check_all_read(self.home)
+        return spec
+
+    def rules(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        """The weight rules of a `config.json`."""
+        return tuple(self.weights(self._config(config)) if callable(self.weights) else self.weights)
+
+    def _config(self, config: Mapping[str, Any]) -> HFConfig:
+        return HFConfig(config, (config.get("architectures") or [self.architectures[0]])[0])
+
+
+class _Registry:
+    """Architecture name -> family. A mapping, so that outside code can add to it."""
+
+    def __init__(self) -> None:
+        self.models: MutableMapping[str, Family] = {}
+        self._discovered = False
+
+    def discover(self) -> None:
+        """Import every module of this package and every installed entry point, once."""
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module("model_defs")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"model_defs.{module.name}")
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            loaded = entry.load()
+            if isinstance(loaded, Family):
+                self.add(loaded)
+
+    def add(self, family: Family) -> None:
+        for architecture in family.architectures:
+            self.models[architecture] = family
+
+
+ModelRegistry = _Registry()
+
+
+def register(
+    *architectures: str,
+    weights: Weights,
+    ignored: Sequence[str] = (),
+    examples: Sequence[str] = (),
+    tiny: Sequence[Mapping[str, Any]] = (),
+) -> Callable[[Build], Build]:
+    """Declare a family: decorate the function that turns its config into a spec."""
+
+    def add(build: Build) -> Build:
+        ModelRegistry.add(
+            Family(
+                name=build.__name__,
+                architectures=architectures,
+                build=build,
+                weights=weights,
+                ignored=tuple(ignored),
+                examples=tuple(examples),
+                tiny=tuple(tiny),
+                home=build.__module__.replace(".", "/") + ".py",
+            )
+        )
+        return build
+
+    return add
+
+
+def get_family(architecture: str) -> Family:
+    """The family that serves `architecture`.
+
+    Raises:
+        UnsupportedConfig: no family does; the message lists those that exist.
+    """
+    if architecture not in ModelRegistry.models:
+        ModelRegistry.discover()
+    if architecture not in ModelRegistry.models:
+        raise UnsupportedConfig(
+            f"architecture {architecture!r} is not known. Known: "
+            f"{', '.join(sorted(ModelRegistry.models))}. A new one is one file: "
+            f"see model_defs/README.md."
+        )
+    return ModelRegistry.models[architecture]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family named by a `config.json`'s `architectures`."""
+    names = config.get("architectures") or []
+    if not names:
+        raise UnsupportedConfig(
+            "config.json has no 'architectures'. Add the class name the checkpoint was saved "
+            'with, for example "architectures": ["LlamaForCausalLM"].'
+        )
+    return get_family(names[0])
+
+
+def list_families() -> tuple[Family, ...]:
+    """Every family once, by name."""
+    ModelRegistry.discover()
+    return tuple(sorted(set(ModelRegistry.models.values()), key=lambda f: f.name))

@@ -1,0 +1,136 @@
+"""Logical axes and where they go on the device mesh.
+
+Models name the axes of their weights; this file alone says which of them are split over which mesh
+axis, and how an axis that does not divide evenly is padded or replicated so that it does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+DATA, TENSOR = "data", "tensor"
+
+# Logical axes that are split, and over which mesh axis. Every other axis is replicated.
+TENSOR_PARALLEL: Mapping[str, str] = {
+    "tokens": DATA,
+    "rows": DATA,
+    "pages": DATA,
+    "q_heads": TENSOR,
+    "kv_heads": TENSOR,
+    "ffn": TENSOR,
+    "vocab": TENSOR,
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named dimension of a weight, in the checkpoint's own order and size."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Query and KV heads as they lie on the mesh.
+
+    Each KV head is kept `copies` times, each copy serving a slice of the head's query group; heads
+    are padded with zeros up to a multiple of the shards. Zero heads contribute nothing, because the
+    output projection's rows for them are zero as well.
+    """
+
+    heads: int
+    kv_heads: int
+    shards: int
+    copies: int
+    group: int  # query heads per placed KV head
+
+    @property
+    def placed_kv_heads(self) -> int:
+        return -(-self.kv_heads * self.copies // self.shards) * self.shards
+
+    @property
+    def placed_heads(self) -> int:
+        return self.placed_kv_heads * self.group
+
+    def kv_map(self) -> np.ndarray:
+        """`i64[placed_kv_heads]`: the checkpoint's KV head in each place, -1 for padding."""
+        source = np.arange(self.placed_kv_heads) // self.copies
+        return np.where(source < self.kv_heads, source, -1)
+
+    def q_map(self) -> np.ndarray:
+        """`i64[placed_heads]`: the checkpoint's query head in each place, -1 for padding."""
+        group = self.heads // self.kv_heads
+        place = np.arange(self.placed_heads)
+        kv_place, within = place // self.group, place % self.group
+        kv, copy = kv_place // self.copies, kv_place % self.copies
+        member = copy * self.group + within
+        valid = (kv < self.kv_heads) & (member < group)
+        return np.where(valid, kv * group + member, -1)
+
+
+@functools.cache
+def head_layout(heads: int, kv_heads: int, shards: int) -> HeadLayout:
+    """The layout with the smallest cache, then the fewest query heads, that splits evenly."""
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
+    group = heads // kv_heads
+    options = [
+        HeadLayout(heads, kv_heads, shards, copies, -(-group // copies))
+        for copies in range(1, group + 1)
+    ]
+    return min(options, key=lambda o: (o.placed_kv_heads, o.placed_heads, o.copies))
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """A mesh and the table that maps logical axes to its axes."""
+
+    mesh: Mesh
+    table: tuple[tuple[str, str], ...] = tuple(TENSOR_PARALLEL.items())
+
+    def mesh_axis(self, axis: str | None) -> str | None:
+        return dict(self.table).get(axis) if axis else None
+
+    def shards(self, axis: str | None) -> int:
+        name = self.mesh_axis(axis)
+        return self.mesh.shape[name] if name else 1
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        return PartitionSpec(*(self.mesh_axis(axis) for axis in axes))
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Pin the sharding of an activation inside a jitted function."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def padded(self, axis: Axis) -> int:
+        """Size of `axis` once padded to a multiple of its shards."""
+        shards = self.shards(axis.name)
+        return -(-axis.size // shards) * shards
+
+
+def make_mesh(dp_size: int, tp_size: int, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, tensor) mesh over the first `dp_size * tp_size` devices.
+
+    Raises:
+        ValueError: fewer devices than asked for.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = dp_size * tp_size
+    if len(devices) < count:
+        raise ValueError(
+            f"--dp-size {dp_size} x --tp-size {tp_size} needs {count} devices, "
+            f"{len(devices)} found ({devices[0].platform}). Lower them."
+        )
+    return Mesh(np.array(devices[:count]).reshape(dp_size, tp_size), (DATA, TENSOR))

@@ -1,0 +1,117 @@
+"""The public names of ragged paged attention."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention.layout import cache_axes, cache_shape, page_size_of
+
+__all__ = ["cache_axes", "cache_shape", "default_page_size", "ragged_paged_attention"]
+
+_CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def default_page_size(platform: str) -> int:
+    """Tokens per page that suit `platform` ("cpu", "tpu", "cuda", ...); README has the numbers."""
+    return {"cpu": 64, "tpu": 128}.get(platform, 64)
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Write the step's keys and values to their pages, then attend causally over each row's pages.
+
+    Row r owns the tokens query_starts[r] .. query_starts[r+1]-1 of the step. They are the last
+    ones of its kv_lens[r] tokens (kv_lens counts them), so the first of them has position
+    kv_lens[r] - (query_starts[r+1] - query_starts[r]). Token p of row r is kept in page
+    page_table[r, p // page_size], slot p % page_size.
+
+    q: [T, N, H]; k: [T, K, H]; v: [T, K, Hv], N a multiple of K (query head n uses kv head
+      n // (N // K)); float32, bfloat16 or float16. Sums are kept in float32.
+    cache: one layer's pages, shape `cache_shape(...)`; donate it to have it updated in place.
+    kv_lens: i32[R]. page_table: i32[R, P]; entries past a row's last page are never followed.
+    query_starts: i32[R + 1], rising from 0; entries past the last live row are ignored.
+    distribution: i32[3] = (i, j, k): each of the rows [0, i) has exactly one token in this step,
+      rows [i, k) any number, rows >= k and tokens >= query_starts[k] are padding: their output
+      is zero and nothing is written for them. j is free for accelerators (see interface).
+    scale: multiplies q.k. softcap: scores become softcap * tanh(scores / softcap), before mask
+      and ALiBi. window: the key at j is seen by the query at i iff 0 <= i - j < window.
+    alibi_slopes: f32[N]; adds slopes[n] * (j - i) to the score.
+    implementation: "xla" or "reference"; None lets the platform lowered for decide.
+
+    Unused pages and slots may hold anything, NaN included. Works on local shapes inside
+    `jax.shard_map`. Returns out [T, N, Hv] in q's dtype and the new cache.
+    Raises ValueError for shapes that do not fit together.
+    """
+    _check(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alibi_slopes)
+    if window is not None and window < 1:
+        raise ValueError(f"ragged_paged_attention: window is {window}; it must be at least 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"ragged_paged_attention: softcap is {softcap}; it must be positive")
+    options = {"scale": float(scale), "window": window, "softcap": softcap}
+    implementations = (
+        Implementation("xla", partial(xla.ragged_paged_attention, **options)),
+        Implementation(
+            "reference", partial(reference.ragged_paged_attention, **options), automatic=False
+        ),
+    )
+    return dispatch(
+        "ragged_paged_attention",
+        implementations,
+        *(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alibi_slopes),
+        implementation=implementation,
+    )
+
+
+def _check(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alibi_slopes) -> None:
+    """Raise one ValueError that lists every argument whose shape or dtype does not fit."""
+    if not (q.ndim == k.ndim == v.ndim == 3 and cache.ndim == len(cache_axes())):
+        raise ValueError(
+            "ragged_paged_attention: need q [T,N,H], k [T,K,H], v [T,K,Hv] and a cache shaped by "
+            f"cache_shape(); found shapes {q.shape}, {k.shape}, {v.shape}, {cache.shape}"
+        )
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, v_head_dim, num_rows = k.shape[1], v.shape[2], kv_lens.shape[0]
+    page_size = max(1, page_size_of(cache, k, v))
+    wanted_cache = cache_shape(
+        cache.shape[0], page_size, num_kv_heads, head_dim, v_head_dim, cache.dtype
+    )
+    wanted = {
+        "k": (k.shape, (num_tokens, num_kv_heads, head_dim)),
+        "v": (v.shape, (num_tokens, num_kv_heads, v_head_dim)),
+        "cache": (cache.shape, wanted_cache),
+        "kv_lens": (kv_lens.shape, (num_rows,)),
+        "page_table": (page_table.shape, (num_rows, *page_table.shape[1:2])),
+        "query_starts": (query_starts.shape, (num_rows + 1,)),
+        "distribution": (distribution.shape, (3,)),
+    }
+    if alibi_slopes is not None:
+        wanted["alibi_slopes"] = (alibi_slopes.shape, (num_heads,))
+    problems = [
+        f"{name} has shape {found}, expected {expected}"
+        for name, (found, expected) in wanted.items()
+        if found != expected
+    ]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        problems.append(f"{num_heads} query heads do not divide over {num_kv_heads} kv heads")
+    for name, array in {"q": q, "k": k, "v": v, "cache": cache}.items():
+        if array.dtype not in _CACHE_DTYPES:
+            problems.append(f"{name} has dtype {array.dtype}, expected float32, bfloat16 or float16")
+    if problems:
+        raise ValueError("ragged_paged_attention: " + "; ".join(problems))

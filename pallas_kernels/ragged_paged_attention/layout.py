@@ -1,0 +1,93 @@
+"""Where a token's key and value live in a paged cache; shared by every implementation.
+
+One page of one kv head is a slab of keys and a slab of values, each page_size * D elements with
+D = max(H, Hv):
+
+    cache[page, 0, head] as [D, page_size]:  key of slot s is the column [:H, s]
+    cache[page, 1, head] as [page_size, D]:  value of slot s is the row [s, :Hv]
+
+Keys lie token-minor so that queries @ keys and weights @ values are both plain row-major matrix
+products; a transposed operand makes the first one four times slower on a CPU.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def cache_shape(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype
+) -> tuple[int, ...]:
+    """Shape of one layer's cache array, of `dtype`: [num_pages, 2, K, page_size * max(H, Hv)]."""
+    del dtype  # No layout here depends on the element size.
+    return (num_pages, 2, num_kv_heads, page_size * max(head_dim, v_head_dim))
+
+
+def cache_axes() -> tuple[str | None, ...]:
+    """Logical name of each cache axis, for sharding: "pages", "kv_heads" or None."""
+    return ("pages", None, "kv_heads", None)
+
+
+def page_size_of(cache: jax.Array, k: jax.Array, v: jax.Array) -> int:
+    """Tokens one page of `cache` holds, given any k [.., H] and v [.., Hv] kept in it."""
+    return cache.shape[3] // max(k.shape[-1], v.shape[-1])
+
+
+def token_rows(
+    kv_lens: jax.Array, query_starts: jax.Array, distribution: jax.Array, num_tokens: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each token of the step: its row i32[T], position i32[T], and whether it is live bool[T].
+
+    Row and position of a padding token are in range but mean nothing.
+    """
+    tokens = jnp.arange(num_tokens, dtype=jnp.int32)
+    live = tokens < query_starts[distribution[2]]
+    rows = jnp.searchsorted(query_starts[1:], tokens, side="right", method="compare_all")
+    rows = jnp.minimum(rows.astype(jnp.int32), kv_lens.shape[0] - 1)
+    positions = kv_lens[rows] - query_starts[rows + 1] + tokens
+    return rows, jnp.where(live, positions, 0), live
+
+
+def write_tokens(
+    cache: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+) -> jax.Array:
+    """Put k [T,K,H] and v [T,K,Hv] of the live tokens into their pages; returns the cache."""
+    num_pages, _, num_kv_heads, slab = cache.shape
+    page_size = page_size_of(cache, k, v)
+    width = slab // page_size
+    rows, positions, live = token_rows(kv_lens, query_starts, distribution, k.shape[0])
+    pages = jnp.where(live, page_table[rows, positions // page_size], num_pages)  # else dropped
+    slots = positions % page_size
+    if pages.shape[0] == 1:
+        # A second, dropped, token: XLA turns a scatter of one into a select that copies the cache.
+        pages = jnp.pad(pages, (0, 1), constant_values=num_pages)
+        slots, k, v = (jnp.concatenate([x, x]) for x in (slots, k, v))
+
+    keys = cache.reshape(num_pages, 2, num_kv_heads, width, page_size)
+    keys = keys.at[pages, 0, :, : k.shape[2], slots].set(k.astype(cache.dtype), mode="drop")
+    values = keys.reshape(num_pages, 2, num_kv_heads, page_size, width)
+    values = values.at[pages, 1, :, slots, : v.shape[2]].set(v.astype(cache.dtype), mode="drop")
+    return values.reshape(cache.shape)
+
+
+def read_pages(
+    cache: jax.Array, pages: jax.Array, head_dim: int, v_head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Keys [.., K, H, page_size] and values [.., K, page_size, Hv] of `pages` i32[..].
+
+    Page numbers out of range read some page of the pool.
+    """
+    num_pages, _, num_kv_heads, slab = cache.shape
+    width = max(head_dim, v_head_dim)
+    # Two gathers of whole slabs: slicing keys and values out of one would copy them again.
+    slabs = cache.reshape(num_pages * 2, num_kv_heads, slab)
+    keys = slabs.at[2 * pages].get(mode="clip")
+    values = slabs.at[2 * pages + 1].get(mode="clip")
+    keys = keys.reshape(*pages.shape, num_kv_heads, width, slab // width)
+    values = values.reshape(*pages.shape, num_kv_heads, slab // width, width)
+    return keys[..., :head_dim, :], values[..., :v_head_dim]

@@ -1,0 +1,301 @@
+"""Ragged paged attention in plain JAX, for CPUs and as the fallback everywhere.
+
+Two loops whose trip counts are computed on the device, so that the cost follows the tokens in use
+and not the pool, the page table or the bucket:
+
+- rows with one token: their pages are laid end to end into one list of work items; each trip
+  takes the next few items, whichever rows they belong to, and folds the partial softmax of each
+  into its row's running (maximum, sum, output);
+- other rows: one trip per tile of queries, and inside it one per block of keys that the tile can
+  see, from the window's start to the causal limit.
+
+A loop with nothing to do makes no trips. Pages are copied out before they are multiplied (XLA
+cannot multiply in place through a page table), so trips are sized to stay in the L2 cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.ragged_paged_attention.layout import page_size_of, read_pages, write_tokens
+
+_CHUNK_BYTES = 3 << 19  # Keys and values one trip of the one-token loop copies, at most.
+_TILE = 128  # Queries per tile.
+_BLOCK = 128  # Keys per block of a tile's inner loop, rounded up to whole pages.
+_MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
+
+
+class WorkItems(NamedTuple):
+    """What a step has to do, per row: i32[R] each.
+
+    pages: pages a row with one token reads. first_page: the first of them.
+    tiles: query tiles of any other row.
+    """
+
+    pages: jax.Array
+    first_page: jax.Array
+    tiles: jax.Array
+
+
+def work_items(
+    kv_lens: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+    *,
+    page_size: int,
+    tile: int,
+    window: int | None,
+) -> WorkItems:
+    """Count the work of a step; both loops take their trip counts from here."""
+    rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    is_single = rows < distribution[0]
+    is_other = ~is_single & (rows < distribution[2])
+    first_seen = jnp.zeros_like(kv_lens) if window is None else jnp.maximum(kv_lens - window, 0)
+    first_page = first_seen // page_size
+    pages = jnp.where(is_single, _ceil_div(kv_lens, page_size) - first_page, 0)
+    tiles = jnp.where(is_other, _ceil_div(query_starts[1:] - query_starts[:-1], tile), 0)
+    return WorkItems(pages, first_page, tiles)
+
+
+def tile_blocks(
+    first_position: jax.Array, end_position: jax.Array, *, block: int, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Key blocks [first, end) seen by queries at positions [first_position, end_position)."""
+    first = jnp.zeros_like(first_position)
+    if window is not None:
+        first = jnp.maximum(first_position - window + 1, 0) // block
+    return first, _ceil_div(end_position, block)
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+    alibi_slopes: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.ragged_paged_attention`."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, v_head_dim = k.shape[1], v.shape[2]
+    page_size = page_size_of(cache, k, v)
+    tile = min(_TILE, num_tokens)
+    cache = write_tokens(cache, k, v, kv_lens, page_table, query_starts, distribution)
+    items = work_items(
+        kv_lens, query_starts, distribution, page_size=page_size, tile=tile, window=window
+    )
+    group = num_heads // num_kv_heads
+    queries = (q.astype(jnp.float32) * scale).reshape(num_tokens, num_kv_heads, group, head_dim)
+    slopes = None if alibi_slopes is None else alibi_slopes.reshape(num_kv_heads, group)
+    score = _Score(
+        window=window,
+        softcap=softcap,
+        slopes=slopes,
+        precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT,
+    )
+    out = _attend_singles(queries, v_head_dim, cache, kv_lens, page_table, items, score)
+    out = _attend_tiles(
+        queries, out, cache, kv_lens, page_table, query_starts, items, score, page_size, tile
+    )
+    return out.reshape(num_tokens, num_heads, v_head_dim).astype(q.dtype), cache
+
+
+class _Score(NamedTuple):
+    """How scores are made from scaled queries and keys; slopes f32[K, G] or None."""
+
+    window: int | None
+    softcap: float | None
+    slopes: jax.Array | None
+    precision: lax.Precision
+
+    def products(self, pattern: str, left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            pattern, left, right, precision=self.precision, preferred_element_type=jnp.float32
+        )
+
+    def visible(self, distance: jax.Array) -> jax.Array:
+        """Which keys, `distance` tokens before the query, it sees."""
+        seen = distance >= 0
+        return seen if self.window is None else seen & (distance < self.window)
+
+    def finish(self, scores: jax.Array, distance: jax.Array, slopes: jax.Array | None):
+        """Apply softcap, ALiBi and mask; distance and slopes broadcast against scores."""
+        if self.softcap is not None:
+            scores = self.softcap * jnp.tanh(scores / self.softcap)
+        if slopes is not None:
+            scores -= slopes * distance
+        return jnp.where(self.visible(distance), scores, _MASKED)
+
+
+def _attend_singles(
+    queries: jax.Array,
+    v_head_dim: int,
+    cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    items: WorkItems,
+    score: _Score,
+) -> jax.Array:
+    """Attention of the rows with one token; queries f32[T,K,G,H] -> f32[T,K,G,Hv], else zeros.
+
+    Those rows come first and have one token each, so row r's query is token r.
+    """
+    num_tokens, num_kv_heads, group, head_dim = queries.shape
+    num_rows = min(kv_lens.shape[0], num_tokens)
+    max_pages = page_table.shape[1]
+    page_size = cache.shape[3] // max(head_dim, v_head_dim)
+    width = _items_per_trip(num_rows, max_pages, page_size, cache)
+    span = min(width, num_rows)  # Rows one trip can touch: they are consecutive.
+
+    ends = jnp.cumsum(items.pages[:num_rows])
+    total = ends[-1]
+
+    def trip(index, state):
+        ids = index * width + jnp.arange(width, dtype=jnp.int32)
+        rows = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
+        rows = jnp.minimum(rows, num_rows - 1)
+        columns = items.first_page[rows] + ids - (ends[rows] - items.pages[rows])
+        first_row = jnp.minimum(rows[0], num_rows - span)
+        belongs = (rows - first_row == jnp.arange(span)[:, None]) & (ids < total)  # [span, W]
+
+        keys, values = read_pages(
+            cache, page_table.at[rows, columns].get(mode="clip"), head_dim, v_head_dim
+        )
+        positions = columns[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        distance = kv_lens[rows][:, None] - 1 - positions  # [W, page_size]
+        seen = score.visible(distance) & (ids < total)[:, None]
+        keys = keys.astype(jnp.float32)
+        values = jnp.where(seen[:, None, :, None], values.astype(jnp.float32), 0.0)
+
+        scores = score.products("wkgh,wkhs->wkgs", queries.at[rows].get(mode="clip"), keys)
+        slopes = None if score.slopes is None else score.slopes[None, :, :, None]
+        scores = score.finish(scores, distance[:, None, None, :], slopes)
+        old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first_row, span), state)
+        old_max, old_sum, old_out = old
+        peak = jnp.where(belongs[:, :, None, None], scores.max(-1)[None], _MASKED).max(1)
+        new_max = jnp.maximum(old_max, peak)  # [span, K, G]
+        weights = jnp.exp(scores - new_max[rows - first_row][..., None])
+        weights = jnp.where(belongs.any(0)[:, None, None, None], weights, 0.0)
+        part = score.products("wkgs,wksh->wkgh", weights, values)
+        fade = jnp.exp(old_max - new_max)
+        members = belongs.astype(jnp.float32)
+        new_sum = old_sum * fade + jnp.einsum("rw,wkg->rkg", members, weights.sum(-1))
+        new_out = old_out * fade[..., None] + jnp.einsum("rw,wkgh->rkgh", members, part)
+        return jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, first_row, 0),
+            state,
+            (new_max, new_sum, new_out),
+        )
+
+    heads = (num_rows, num_kv_heads, group)
+    state = (
+        jnp.full(heads, _MASKED, jnp.float32),
+        jnp.zeros(heads, jnp.float32),
+        jnp.zeros((*heads, v_head_dim), jnp.float32),
+    )
+    _, total_weight, out = lax.fori_loop(0, _ceil_div(total, width), trip, state)
+    out /= jnp.where(total_weight == 0.0, 1.0, total_weight)[..., None]
+    return jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0), (0, 0)))
+
+
+def _attend_tiles(
+    queries: jax.Array,
+    out: jax.Array,
+    cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    items: WorkItems,
+    score: _Score,
+    page_size: int,
+    tile: int,
+) -> jax.Array:
+    """Attention of all other rows, put into `out` f32[T,K,G,Hv] at their tokens."""
+    num_tokens, num_kv_heads, group, head_dim = queries.shape
+    v_head_dim = out.shape[-1]
+    num_rows = kv_lens.shape[0]
+    block_pages = min(_ceil_div(_BLOCK, page_size), page_table.shape[1])
+    block = block_pages * page_size
+    ends = jnp.cumsum(items.tiles)
+
+    def each_tile(index, out):
+        row = jnp.searchsorted(ends, index, side="right", method="compare_all")
+        row = jnp.minimum(row.astype(jnp.int32), num_rows - 1)
+        kv_len, end_token = kv_lens[row], query_starts[row + 1]
+        start = query_starts[row] + (index - ends[row] + items.tiles[row]) * tile
+        # The last tile may stick out of the array: slide it back, and write only its own tokens.
+        slice_start = jnp.minimum(start, num_tokens - tile)
+        tokens = slice_start + jnp.arange(tile, dtype=jnp.int32)
+        own = (tokens >= start) & (tokens < end_token)
+        positions = kv_len - end_token + tokens
+        tile_queries = lax.dynamic_slice_in_dim(queries, slice_start, tile)
+        tile_queries = tile_queries.transpose(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
+        first_position = kv_len - end_token + start
+        first_block, end_block = tile_blocks(
+            first_position,
+            jnp.minimum(first_position + tile, kv_len),
+            block=block,
+            window=score.window,
+        )
+
+        def each_block(index, state):
+            old_max, old_sum, old_out = state
+            columns = index * block_pages + jnp.arange(block_pages, dtype=jnp.int32)
+            keys, values = read_pages(
+                cache, page_table.at[row, columns].get(mode="clip"), head_dim, v_head_dim
+            )
+            key_positions = index * block + jnp.arange(block, dtype=jnp.int32)
+            keys = keys.transpose(1, 2, 0, 3).reshape(num_kv_heads, head_dim, block)
+            values = values.transpose(1, 0, 2, 3).reshape(num_kv_heads, block, v_head_dim)
+            keys = keys.astype(jnp.float32)
+            known = (key_positions < kv_len)[None, :, None]
+            values = jnp.where(known, values.astype(jnp.float32), 0.0)
+
+            scores = score.products("kqh,khs->kqs", tile_queries, keys)
+            shape = scores.shape
+            distance = positions[:, None] - key_positions
+            slopes = None if score.slopes is None else score.slopes[:, :, None, None]
+            scores = scores.reshape(num_kv_heads, group, tile, block)
+            scores = score.finish(scores, distance, slopes).reshape(shape)
+            new_max = jnp.maximum(old_max, scores.max(-1))
+            weights = jnp.exp(scores - new_max[..., None])
+            fade = jnp.exp(old_max - new_max)
+            new_sum = old_sum * fade + weights.sum(-1)
+            part = score.products("kqs,ksh->kqh", weights, values)
+            return new_max, new_sum, old_out * fade[..., None] + part
+
+        heads = (num_kv_heads, group * tile)
+        state = (
+            jnp.full(heads, _MASKED, jnp.float32),
+            jnp.zeros(heads, jnp.float32),
+            jnp.zeros((*heads, v_head_dim), jnp.float32),
+        )
+        _, total_weight, tile_out = lax.fori_loop(first_block, end_block, each_block, state)
+        tile_out /= total_weight[..., None]
+        tile_out = tile_out.reshape(num_kv_heads, group, tile, v_head_dim).transpose(2, 0, 1, 3)
+        before = lax.dynamic_slice_in_dim(out, slice_start, tile)
+        tile_out = jnp.where(own[:, None, None, None], tile_out, before)
+        return lax.dynamic_update_slice_in_dim(out, tile_out, slice_start, 0)
+
+    return lax.fori_loop(0, ends[-1], each_tile, out)
+
+
+def _items_per_trip(num_rows: int, max_pages: int, page_size: int, cache: jax.Array) -> int:
+    """Pages one trip of the one-token loop takes."""
+    tokens = max(256, min(128 * num_rows, 1024))
+    page_bytes = 4 * cache.shape[1] * cache.shape[2] * cache.shape[3]  # As float32.
+    pages = min(tokens // page_size, _CHUNK_BYTES // page_bytes, num_rows * max_pages)
+    return max(1, pages)
+
+
+def _ceil_div(numerator, denominator: int):
+    return -(-numerator // denominator)
