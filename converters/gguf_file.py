@@ -141,6 +141,8 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
                     f"{path} is not a GGUF file (it does not begin with 'GGUF'). Download it "
                     "again, or give a folder with config.json and *.safetensors."
                 )
+            if len(start) < 24:
+                raise CheckpointError(f"{path} is cut short after {size} bytes. Download it again.")
             version = int.from_bytes(start[4:8], "little")
             if version not in gguf.gguf_reader.READER_SUPPORTED_VERSIONS:
                 raise CheckpointError(

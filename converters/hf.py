@@ -5,8 +5,9 @@ its own bytes; no file is mapped or loaded whole. No code from a checkpoint is e
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ import numpy as np
 
 from converters.errors import CheckpointError
 from converters.interface import Index, Progress, TensorHeader, slice_bounds
+from converters.lazy import LazyTensor, boxes
 from converters.write_aside import folder_written_aside
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -79,6 +81,8 @@ class HFCheckpoint:
     `read` only.
     """
 
+    canonical = False
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
@@ -124,7 +128,7 @@ class HFCheckpoint:
 def write_hf(
     destination: str | Path,
     config: Mapping[str, Any],
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, np.ndarray | LazyTensor]],
     *,
     total_bytes: int = 0,
     generation_config: Mapping[str, Any] | None = None,
@@ -132,8 +136,11 @@ def write_hf(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint folder; one shard of `tensors` is in memory at a time.
+
+    Of a `LazyTensor` only one block at a time is.
 
     The folder appears complete or not at all: it is written beside `destination` and renamed.
 
@@ -144,6 +151,7 @@ def write_hf(
         total_bytes: the sum of the tensors' sizes, for `progress` only; 0 when unknown.
         tokenizer_dir: folder whose tokenizer and chat-template files are copied.
         max_shard_bytes: a shard is closed before it grows beyond this; a larger tensor is alone.
+        check: called with the finished folder; when it raises, nothing is left at `destination`.
 
     Raises CheckpointError for an unusable destination, a tensor given twice or a dtype that
     safetensors cannot hold, and whatever reading `tensors` raises.
@@ -155,14 +163,12 @@ def write_hf(
             _write_json(folder / "generation_config.json", generation_config)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, folder)
-        writer = _ShardWriter(folder, max_shard_bytes)
-        done_bytes = 0
+        writer = _ShardWriter(folder, max_shard_bytes, total_bytes, progress)
         for name, tensor in tensors:
             writer.add(name, tensor)
-            done_bytes += tensor.nbytes
-            if progress is not None:
-                progress("writing", done_bytes, total_bytes)
         writer.close()
+        if check is not None:
+            check(folder)
     return destination
 
 
@@ -177,16 +183,21 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
 class _ShardWriter:
     """Collect tensors into shards and write each as soon as it is full."""
 
-    def __init__(self, folder: Path, max_shard_bytes: int):
+    def __init__(
+        self, folder: Path, max_shard_bytes: int, expected_bytes: int, progress: Progress | None
+    ):
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
+        self.expected_bytes = expected_bytes
+        self.progress = progress
+        self.done_bytes = 0
         self.shards: list[Path] = []
         self.shard_of: dict[str, int] = {}
         self.total_bytes = 0
-        self.pending: dict[str, np.ndarray] = {}
+        self.pending: dict[str, np.ndarray | LazyTensor] = {}
         self.pending_bytes = 0
 
-    def add(self, name: str, tensor: np.ndarray) -> None:
+    def add(self, name: str, tensor: np.ndarray | LazyTensor) -> None:
         if name in self.shard_of:
             raise CheckpointError(f"{name} is written twice; every tensor needs its own name.")
         if tensor.dtype not in DTYPE_NAMES:
@@ -203,10 +214,16 @@ class _ShardWriter:
 
     def flush(self) -> None:
         shard = self.folder / f"shard-{len(self.shards)}"
-        write_safetensors(shard, self.pending)
+        write_safetensors(shard, self.pending, self.count)
         self.shards.append(shard)
         self.pending = {}
         self.pending_bytes = 0
+
+    def count(self, num_bytes: int) -> None:
+        """Report that `num_bytes` more were written."""
+        self.done_bytes += num_bytes
+        if self.progress is not None:
+            self.progress("writing", self.done_bytes, self.expected_bytes)
 
     def close(self) -> None:
         """Write what is left and give every shard its final name."""
@@ -226,8 +243,15 @@ class _ShardWriter:
         _write_json(self.folder / WEIGHT_INDEX, index)
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write one safetensors file in the given order, without a second copy in memory."""
+def write_safetensors(
+    file: Path,
+    tensors: Mapping[str, np.ndarray | LazyTensor],
+    wrote: Callable[[int], None],
+) -> None:
+    """Write one safetensors file in the given order, without a second copy in memory.
+
+    Calls `wrote(bytes)` after each block.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -243,7 +267,10 @@ def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in tensors.values():
-            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            for index in boxes(tensor.shape, tensor.dtype.itemsize):
+                block = tensor.read(index) if isinstance(tensor, LazyTensor) else tensor[index]
+                stream.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                wrote(block.nbytes)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -406,7 +433,7 @@ def _read_slice(
 ) -> None:
     """Fill `out` with the part `bounds` of the array of `shape` at `offset`, in bounded chunks."""
     inner_whole = all(bound == (0, size) for bound, size in zip(bounds[1:], shape[1:], strict=True))
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * out.itemsize
+    row_bytes = math.prod(shape[1:]) * out.itemsize
     start, stop = bounds[0] if bounds else (0, 1)
     offset += start * row_bytes
     if inner_whole:

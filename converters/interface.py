@@ -1,5 +1,6 @@
 """What every checkpoint format looks like to its reader: `TensorHeader` and `Checkpoint`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class TensorHeader:
     @property
     def num_bytes(self) -> int:
         """Size of the whole tensor as `Checkpoint.read` returns it."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Progress(Protocol):
@@ -33,13 +34,15 @@ class Progress(Protocol):
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """Model weights and their configuration under HF's names, whatever the file format is.
+    """Model weights and their configuration, whatever the file format is.
 
+    Tensors have HF's names, or, where `canonical` is true, the names of our own model definitions.
     `read` returns a fresh, C-contiguous numpy array (ml_dtypes for bfloat16 and float8) that holds
     only the asked slice, and may be called from several threads at once.
     """
 
     path: Path
+    canonical: bool
     config: dict[str, Any]
     generation_config: dict[str, Any]
     headers: Mapping[str, TensorHeader]

@@ -9,23 +9,24 @@ Every method may be called from several threads, and while an event loop runs (a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
+import numbers
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.async_engine import AsyncEngine, RequestStream
-from jaxserve.engine.engine import Engine
+from jaxserve.engine.async_engine import AsyncEngine, StartupProgress
+from jaxserve.engine.engine import Engine, ModelInfo
 from jaxserve.log import ProgressDisplay
 from jaxserve.request import FinishReason, InvalidRequest, RequestOutput, SamplingParams
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import Tokenizer, load_chat_template
 
 T = TypeVar("T")
 
-Prompt = str | list[int]
 Conversation = Sequence[Mapping[str, str]]
 
 
@@ -102,3 +103,191 @@ class LLM:
         self.config = dataclasses.replace(
             config or EngineConfig(model_path=model), model_path=model, **changes
         )
+        self._chat_template = None if chat_template is None else load_chat_template(chat_template)
+        self._ids = itertools.count()
+        with contextlib.ExitStack() as stack:
+            display = stack.enter_context(ProgressDisplay()) if show_progress else None
+            self._engine = AsyncEngine(self._build, progress=StartupProgress(display))
+            try:
+                self._engine.wait_until_ready()
+            except BaseException:
+                self._engine.close()
+                raise
+        # A loop of its own: the caller's thread may run one already, as in a notebook.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="jaxserve-llm", daemon=True
+        )
+        self._thread.start()
+
+    def _build(self, progress: StartupProgress) -> Engine:
+        return Engine(self.config, progress=progress)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """Name, architecture, dtype, context length and KV pages of the loaded model."""
+        return self._engine.model_info
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What is used when no sampling parameters are given: the checkpoint's own settings."""
+        return SamplingParams(**self.tokenizer.default_sampling)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Continue one or many prompts, all at once, and return one completion per prompt.
+
+        Args:
+            prompts: text or token ids, one or a list.
+            sampling_params: for all prompts, or one for each.
+
+        Raises:
+            InvalidRequest: a prompt or parameter cannot be used; nothing was generated.
+        """
+        token_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
+        return self._generate(token_ids, sampling_params)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Answer one conversation or many, as `generate` does.
+
+        A conversation is a list of {"role", "content"}.
+        """
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if is_one else messages
+        token_ids = [
+            self.tokenizer.encode_chat(conversation, chat_template=self._chat_template)
+            for conversation in conversations
+        ]
+        return self._generate(token_ids, sampling_params)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Conversation,
+        sampling_params: SamplingParams | None = None,
+    ) -> Iterator[str]:
+        """Yield the text that follows a prompt or answers a conversation, piece by piece.
+
+        Leaving the loop early stops the request.
+        """
+        request = self._engine.submit(
+            self._encode(prompt), sampling_params or self.default_sampling, self._next_id()
+        )
+        stream = self._wait(request)
+        try:
+            is_finished = False
+            while not is_finished:
+                output = self._wait(anext(stream))
+                is_finished = output.finished
+                if output.text:
+                    yield output.text
+        finally:
+            stream.close()
+
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int] | Conversation,
+        sampling_params: SamplingParams | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the outputs of one request in the caller's event loop; `text` is what is new."""
+        outputs = self._engine.generate(
+            self._encode(prompt), sampling_params or self.default_sampling, self._next_id()
+        )
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    def close(self) -> None:
+        """Stop the engine and free the device; safe to call again."""
+        if self._loop.is_closed():
+            return
+        self._engine.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _encode(self, prompt: str | Sequence[int] | Conversation) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.tokenizer.encode_chat(prompt, chat_template=self._chat_template)
+        return [int(token_id) for token_id in prompt]
+
+    def _next_id(self) -> str:
+        return f"llm-{next(self._ids)}"
+
+    def _generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Completion]:
+        params = sampling_params or self.default_sampling
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise InvalidRequest(
+                f"there are {len(prompts)} prompts, but {len(each)} sampling_params; "
+                "give one for all prompts or one for each."
+            )
+        for prompt in prompts:
+            self._engine.check_prompt(prompt)
+        return self._wait(self._complete_all(prompts, each))
+
+    async def _complete_all(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> list[Completion]:
+        jobs = [self._complete(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        tasks = [asyncio.ensure_future(job) for job in jobs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _complete(self, prompt: list[int], params: SamplingParams) -> Completion:
+        stream = await self._engine.submit(prompt, params, self._next_id(), wants_updates=False)
+        try:
+            output = await stream.read_all()
+        finally:
+            stream.close()
+        assert output.finish_reason is not None, "the last output says why it is the last"
+        return Completion(
+            text=output.text,
+            token_ids=list(output.token_ids),
+            finish_reason=output.finish_reason,
+            stop_reason=stream.stop_reason,
+            prompt_token_ids=prompt,
+        )
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in our own loop; an interrupt of the caller cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _as_list(
+    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+) -> list[str | Sequence[int]]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral)):
+        return [prompts]
+    return list(prompts)

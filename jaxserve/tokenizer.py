@@ -51,7 +51,7 @@ class Tokenizer:
         self.eos_ids = frozenset(int(i) for i in [own, *listed] if i is not None)
         self._backend = getattr(hf_tokenizer, "backend_tokenizer", None)
         self.special_ids = frozenset(
-            token_id for token_id, token in hf_tokenizer.added_tokens_decoder.items() if token.special
+            id for id, token in hf_tokenizer.added_tokens_decoder.items() if token.special
         )
 
     @classmethod

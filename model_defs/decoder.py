@@ -5,6 +5,7 @@ The residual stream is in the model's dtype; logits are float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -190,6 +191,11 @@ class Decoder(nnx.Module):
             out_specs=self.rules.spec("rows", None),
             check_vma=False,
         )(hidden, batch.sample_at)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the checkpoint: padding and copies made by sharding are not counted."""
+        return sum(math.prod(shape) for shape in canonical_shapes(self).values())
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:

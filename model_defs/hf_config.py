@@ -47,7 +47,7 @@ class HFConfig:
         self.architecture = architecture
         self._where = where
         self._read: set[str] = set()
-        self._children: list[HFConfig] = []
+        self._children: dict[str, HFConfig] = {}
 
     def __getitem__(self, key: str) -> Any:
         self._read.add(key)
@@ -78,20 +78,20 @@ class HFConfig:
         """The sub-config under `key`, checked for unread keys together with this one."""
         if default is not None and self.raw.get(key) is None:
             return default
-        child = HFConfig(self[key], self.architecture, f"{self._where}{key}.")
-        self._children.append(child)
-        return child
+        if key not in self._children:
+            self._children[key] = HFConfig(self[key], self.architecture, f"{self._where}{key}.")
+        return self._children[key]
 
     def layer_types(self, default: Callable[[int], str]) -> tuple[str, ...]:
         """Kinds of the layers: the `layer_types` list, or `default(index)` where it is absent."""
         count = self["num_hidden_layers"]
         kinds = self.get("layer_types") or [default(i) for i in range(count)]
-        if len(kinds) < count:
+        if len(kinds) != count:
             raise UnsupportedConfig(
                 f"{self.architecture}: 'layer_types' names {len(kinds)} layers, "
                 f"'num_hidden_layers' is {count}. Make them agree."
             )
-        return tuple(kinds[:count])
+        return tuple(kinds)
 
     def unread(self) -> list[str]:
         """Dotted names of the keys nobody read and that may change the model."""
@@ -100,7 +100,7 @@ class HFConfig:
             for key, value in self.raw.items()
             if key not in self._read and key not in IGNORED and value is not None
         ]
-        return sorted(own + [name for child in self._children for name in child.unread()])
+        return sorted(own + [name for child in self._children.values() for name in child.unread()])
 
     def check_all_read(self, home: str) -> None:
         """Raise `UnsupportedConfig` naming every unread key; `home` is the file to extend."""

@@ -27,9 +27,9 @@ Build = Callable[[HFConfig], DecoderSpec]
 Weights = Sequence[Rule] | Callable[[HFConfig], Sequence[Rule]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """A model family.
+    """A model family; two are equal only when they are the same object.
 
     Attributes:
         name: of the family, for tables.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 DATA, TENSOR = "data", "tensor"
 
@@ -90,9 +90,12 @@ def head_layout(heads: int, kv_heads: int, shards: int) -> HeadLayout:
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """A mesh and the table that maps logical axes to its axes."""
+    """A mesh and the table that maps logical axes to its axes.
 
-    mesh: Mesh
+    With an `AbstractMesh` it answers every question about shapes and placement, but runs nothing.
+    """
+
+    mesh: Mesh | AbstractMesh
     table: tuple[tuple[str, str], ...] = tuple(TENSOR_PARALLEL.items())
 
     def mesh_axis(self, axis: str | None) -> str | None:
@@ -134,3 +137,8 @@ def make_mesh(dp_size: int, tp_size: int, devices: list[jax.Device] | None = Non
             f"{len(devices)} found ({devices[0].platform}). Lower them."
         )
     return Mesh(np.array(devices[:count]).reshape(dp_size, tp_size), (DATA, TENSOR))
+
+
+def make_abstract_mesh(dp_size: int, tp_size: int) -> AbstractMesh:
+    """The same mesh without devices, to plan for a machine that is not this one."""
+    return AbstractMesh((dp_size, tp_size), (DATA, TENSOR))

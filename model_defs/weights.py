@@ -18,6 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
+MAX_CANDIDATES = 100
+
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], np.ndarray]
 
@@ -187,16 +189,13 @@ class Split:
             if match is None:
                 out[name] = expr
                 continue
-            if expr.shape[0] != sum(self.sizes):
-                raise WeightPlanError(
-                    f"{name} has {expr.shape[0]} rows; {' + '.join(self.into)} need "
-                    f"{' + '.join(map(str, self.sizes))} = {sum(self.sizes)}. "
-                    f"The checkpoint does not fit its config.json."
-                )
-            start = 0
-            for part, size in zip(self.into, self.sizes, strict=True):
-                out[f"{match[1] or ''}{part}.{match[2]}"] = Cut(expr, start, start + size)
-                start += size
+            # Whatever the number of rows, the cuts cover all of them: a tensor of the wrong size is
+            # then reported by `plan` as a mis-shaped part, together with every other problem.
+            rows, start = expr.shape[0], 0
+            for i, (part, size) in enumerate(zip(self.into, self.sizes, strict=True)):
+                stop = rows if i == len(self.into) - 1 else min(start + size, rows)
+                out[f"{match[1] or ''}{part}.{match[2]}"] = Cut(expr, start, stop)
+                start = stop
         return out
 
     def inverse(self, tensors: Tensors) -> Tensors:
@@ -295,7 +294,7 @@ def plan(
     tensors: Tensors = {n: Source(n, tuple(s), d) for n, (s, d) in headers.items()}
     for rule in rules:
         tensors = rule.forward(tensors)
-    problems = _missing(expected, tensors) + _unread(expected, tensors)
+    problems = _unmatched(rules, expected, tensors)
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
             problems.append(
@@ -312,23 +311,29 @@ def plan(
     return WeightPlan(entries, tuple(sorted(set(headers) - used)))
 
 
-def _missing(expected: Iterable[str], tensors: Tensors) -> list[str]:
+def _unmatched(
+    rules: Sequence[Rule], expected: Mapping[str, tuple[int, ...]], tensors: Tensors
+) -> list[str]:
+    """A line for each tensor that only the model or only the checkpoint has."""
+    missing = [name for name in expected if name not in tensors]
+    unread = [name for name in tensors if name not in expected]
+    exported = export(rules, {name: (shape, "") for name, shape in expected.items()})
+    stored = {source: name for name, expr in exported.items() for source in expr.sources()}
     return [
-        f"  missing: {name}{_nearest(name, tensors)}" for name in expected if name not in tensors
+        f"  missing: {name} {list(expected[name])} (stored as {stored[name]})"
+        f"{_nearest(name, unread)}"
+        for name in missing
+    ] + [
+        f"  unread: {name} {list(tensors[name].shape)} (from {tensors[name]})"
+        f"{_nearest(name, missing)}"
+        for name in unread
     ]
 
 
-def _unread(expected: Iterable[str], tensors: Tensors) -> list[str]:
-    known = list(expected)
-    return [
-        f"  unread: {name} {list(expr.shape)} (from {expr}){_nearest(name, known)}"
-        for name, expr in tensors.items()
-        if name not in set(known)
-    ]
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.8)
+def _nearest(name: str, names: Sequence[str]) -> str:
+    if len(names) > MAX_CANDIDATES:  # nothing fits at all; a guess for each would take minutes
+        return ""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     return f"; nearest: {close[0]}" if close else ""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import threading
 import time
@@ -161,6 +162,15 @@ class RequestStream:
             token_ids.extend(update.token_ids)
             finish_reason = update.finish_reason
         return self._output(token_ids, finish_reason)
+
+    async def read_all(self) -> RequestOutput:
+        """Read to the end and return all of it as one output."""
+        outputs = [output async for output in self]
+        return dataclasses.replace(
+            outputs[-1],
+            text="".join(output.text for output in outputs),
+            token_ids=tuple(i for output in outputs for i in output.token_ids),
+        )
 
     async def admitted(self) -> None:
         """Return once the engine took the request; raises the error with which it refused."""

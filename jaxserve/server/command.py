@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         logger.info("--trust-remote-code is not needed: code in a checkpoint is never executed")
     check_port(server_config.host, server_config.port)
     # Deferred: JAX and the web framework should not delay `--help` and the checks above.
-    app = importlib.import_module("jaxserve.server.app")
-    return app.run_server(engine_config, server_config)
+    server = importlib.import_module("jaxserve.server.run")
+    return server.run_server(engine_config, server_config)
 
 
 def check_port(host: str, port: int) -> None:

@@ -69,9 +69,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Return listening sockets on all addresses of `host`; raises ConfigError if that fails."""
     sockets: list[socket.socket] = []
     try:
-        addresses = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in addresses:
             sock = socket.socket(family, kind, protocol)
             sockets.append(sock)

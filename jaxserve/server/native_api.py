@@ -17,7 +17,7 @@ from jaxserve.request import FinishReason, RequestOutput, SamplingParams
 from jaxserve.server.errors import APIError, bad_request
 from jaxserve.server.protocol import GENERATE_MAX_TOKENS, AbortBody, GenerateBody
 from jaxserve.server.service import Job, Service, new_id, read_body
-from jaxserve.server.streaming import DONE, EventStream, answer, event, merge, read_all
+from jaxserve.server.streaming import DONE, EventStream, answer, event, merge
 from jaxserve.version import __version__
 
 HEALTH_PROMPT = "Hello"
@@ -125,7 +125,7 @@ async def _whole(service: Service, jobs: list[Job], *, as_list: bool) -> JSONRes
     started_s = time.perf_counter()
 
     async def one(stream: RequestStream) -> dict[str, Any]:
-        output = await read_all(stream)
+        output = await stream.read_all()
         return _result(stream, output, output.text, list(output.token_ids), started_s)
 
     async with service.running(jobs, wants_updates=False) as streams:
@@ -155,7 +155,7 @@ async def _events(
 
 async def _one_token(service: Service, job: Job) -> JSONResponse:
     async with service.running([job], wants_updates=False) as streams:
-        output = await read_all(streams[0])
+        output = await streams[0].read_all()
     if output.num_output != 1:
         raise APIError(503, f"the engine gave {output.num_output} tokens when asked for one.")
     return JSONResponse({"state": service.engine.state})

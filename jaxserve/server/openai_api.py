@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from jaxserve.request import FinishReason
 from jaxserve.server.protocol import COMPLETIONS_MAX_TOKENS, ChatBody, CompletionBody
 from jaxserve.server.service import Job, Service, new_id, read_body, usage
-from jaxserve.server.streaming import DONE, EventStream, answer, event, merge, read_all
+from jaxserve.server.streaming import DONE, EventStream, answer, event, merge
 
 
 def openai_router(service: Service) -> APIRouter:
@@ -47,18 +47,16 @@ def openai_router(service: Service) -> APIRouter:
         body = await read_body(request, CompletionBody)
         body.check()
         service.check_model(body.model)
-        return await _respond(
-            service, request, body, await _completion_jobs(service, body), Completions(service.model_name)
-        )
+        jobs = await _completion_jobs(service, body)
+        return await _respond(service, request, body, jobs, Completions(service.model_name))
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatBody)
         body.check()
         service.check_model(body.model)
-        return await _respond(
-            service, request, body, [await _chat_job(service, body)], ChatCompletions(service.model_name)
-        )
+        jobs = [await _chat_job(service, body)]
+        return await _respond(service, request, body, jobs, ChatCompletions(service.model_name))
 
     return router
 
@@ -160,7 +158,7 @@ async def _whole(
 ) -> JSONResponse:
     """Wait for all choices and return them in one body."""
     async with service.running(jobs, wants_updates=False) as streams:
-        outputs = await asyncio.gather(*(read_all(stream) for stream in streams))
+        outputs = await asyncio.gather(*(stream.read_all() for stream in streams))
     choices = [
         form.choice(index, output.text, _reason(output.finish_reason))
         for index, output in enumerate(outputs)

@@ -130,7 +130,7 @@ class ChatMessage(Body):
     tool_calls: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
 
     def for_template(self) -> dict[str, str]:
-        """Return what chat templates know: text parts joined by line breaks; developer is system."""
+        """Return it as templates know it: parts joined by line breaks, developer as system."""
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)

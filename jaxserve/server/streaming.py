@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,7 +24,8 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status, for the log: nobody reads this an
 
 def event(data: Mapping[str, Any]) -> bytes:
     """Return one server-sent event that carries `data` as JSON."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
 
 
 class EventStream(Response):
@@ -97,16 +97,6 @@ async def answer(request: Request, work: Coroutine[Any, Any, Response]) -> Respo
         return await unless_disconnected(request.receive, work)
     except ClientDisconnected:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-async def read_all(stream: RequestStream) -> RequestOutput:
-    """Read a stream to its end and return all of it as one output."""
-    texts: list[str] = []
-    token_ids: list[int] = []
-    async for output in stream:
-        texts.append(output.text)
-        token_ids.extend(output.token_ids)
-    return dataclasses.replace(output, text="".join(texts), token_ids=tuple(token_ids))
 
 
 async def merge(

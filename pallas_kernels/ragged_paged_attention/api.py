@@ -112,6 +112,8 @@ def _check(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alib
         problems.append(f"{num_heads} query heads do not divide over {num_kv_heads} kv heads")
     for name, array in {"q": q, "k": k, "v": v, "cache": cache}.items():
         if array.dtype not in _CACHE_DTYPES:
-            problems.append(f"{name} has dtype {array.dtype}, expected float32, bfloat16 or float16")
+            problems.append(
+                f"{name} has dtype {array.dtype}, expected float32, bfloat16 or float16"
+            )
     if problems:
         raise ValueError("ragged_paged_attention: " + "; ".join(problems))

@@ -129,6 +129,8 @@ ARG_SPECS: tuple[ArgSpec, ...] = (
     _batch(_SMOLLM2_135M, "decode_ragged", [(1, 1), (1, 64), (1, 65), (1, 900)], 8, 8),
     _batch(_SMOLLM2_135M, "prefill_512", [(512, 512)], 512, 8, pages_per_row=32),
     _batch(_SMOLLM2_135M, "chunk_256_of_700", [(256, 700)], 256, 8),
+    _batch(_SMOLLM2_135M, "twelve_prompts", [(1, 90), *[(40, 40)] * 12], 512, 16),
+    _batch(_SMOLLM2_135M, "tile_remainders", [(300, 320), (150, 150), (33, 100)], 512, 8),
     _batch(_SMOLLM2_135M, "mixed", _MIX, 128, 8),
     _batch(_SMOLLM2_135M, "mixed_page16", _MIX, 128, 8, page_size=16),
     _batch(_SMOLLM2_135M, "mixed_page128", _MIX, 128, 8, page_size=128),

@@ -1,4 +1,6 @@
-"""Time ragged paged attention over `arg_specs`: `python -m pallas_kernels.ragged_paged_attention.bench`.
+"""Time ragged paged attention over `arg_specs`.
+
+Run as `python -m pallas_kernels.ragged_paged_attention.bench`.
 
 Each case is one jitted step of LAYERS calls with a cache each, all donated, every call fed by the
 one before: what a model's step does, without the rest of the model. Prints one JSON line per case:
@@ -43,7 +45,7 @@ def time_case(
     seconds = []
     for _ in range(repeats + 2):
         started = time.perf_counter()
-        out, caches = jax.block_until_ready(compiled(caches, q, k, v, metadata))
+        _, caches = jax.block_until_ready(compiled(caches, q, k, v, metadata))
         seconds.append(time.perf_counter() - started)
     seconds = seconds[2:]
     median = statistics.median(seconds)

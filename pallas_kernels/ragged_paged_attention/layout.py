@@ -75,19 +75,23 @@ def write_tokens(
     return values.reshape(cache.shape)
 
 
-def read_pages(
-    cache: jax.Array, pages: jax.Array, head_dim: int, v_head_dim: int
-) -> tuple[jax.Array, jax.Array]:
-    """Keys [.., K, H, page_size] and values [.., K, page_size, Hv] of `pages` i32[..].
+def read_slabs(cache: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Flat key and value slabs of `pages` i32[..], each [.., K, page_size * D].
 
     Page numbers out of range read some page of the pool.
     """
     num_pages, _, num_kv_heads, slab = cache.shape
-    width = max(head_dim, v_head_dim)
     # Two gathers of whole slabs: slicing keys and values out of one would copy them again.
     slabs = cache.reshape(num_pages * 2, num_kv_heads, slab)
-    keys = slabs.at[2 * pages].get(mode="clip")
-    values = slabs.at[2 * pages + 1].get(mode="clip")
-    keys = keys.reshape(*pages.shape, num_kv_heads, width, slab // width)
-    values = values.reshape(*pages.shape, num_kv_heads, slab // width, width)
+    return slabs.at[2 * pages].get(mode="clip"), slabs.at[2 * pages + 1].get(mode="clip")
+
+
+def shape_slabs(
+    keys: jax.Array, values: jax.Array, head_dim: int, v_head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Flat slabs [.., page_size * D] as keys [.., H, page_size] and values [.., page_size, Hv]."""
+    width = max(head_dim, v_head_dim)
+    page_size = keys.shape[-1] // width
+    keys = keys.reshape(*keys.shape[:-1], width, page_size)
+    values = values.reshape(*values.shape[:-1], page_size, width)
     return keys[..., :head_dim, :], values[..., :v_head_dim]

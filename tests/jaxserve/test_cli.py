@@ -34,9 +34,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         calls.append((engine_config, server_config))
         return 0
 
-    app = types.ModuleType("jaxserve.server.app")
-    app.run_server = run_server
-    monkeypatch.setitem(sys.modules, "jaxserve.server.app", app)
+    server = types.ModuleType("jaxserve.server.run")
+    server.run_server = run_server
+    monkeypatch.setitem(sys.modules, "jaxserve.server.run", server)
     return calls
 
 

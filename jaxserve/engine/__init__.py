@@ -1,0 +1,1 @@
+"""The engine: loads a model, sizes its memory, and turns batches into tokens."""

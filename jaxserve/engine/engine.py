@@ -1,0 +1,330 @@
+"""The engine: a scheduler, a runner, and the loop between them.
+
+One thread drives it. With overlap (the default) a step is dispatched before the results of the
+one before it are read:
+
+    host    schedule n+1 | dispatch n+1 | read n, update | schedule n+2 | ...
+    device  ...... step n ............. | ...... step n+1 ...............
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import queue
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from converters.checkpoint import open_checkpoint
+from converters.interface import Checkpoint, Progress
+from jaxserve.config import ConfigError, EngineConfig, configure_jax, user_cache_dir
+from jaxserve.engine.compile_counter import CompileCounter
+from jaxserve.engine.kv_cache import memory_budget_bytes, pages_that_fit
+from jaxserve.engine.loader import build_model, dtype_of, load_params
+from jaxserve.engine.runner import InFlight, Runner
+from jaxserve.engine.warmup import BackgroundCompiler
+from jaxserve.request import InvalidRequest, Request, SamplingParams
+from jaxserve.scheduler.buckets import Bucket, make_buckets
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.tokenizer import Tokenizer
+from model_defs.registry import family_of
+from model_defs.sharding import ShardingRules, make_mesh
+from pallas_kernels.ragged_paged_attention import default_page_size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlatformDefaults:
+    """What suits a platform when the user does not say."""
+
+    max_rows: int
+    max_tokens_per_step: int
+
+
+DEFAULTS = {
+    "cpu": PlatformDefaults(max_rows=16, max_tokens_per_step=512),
+    "tpu": PlatformDefaults(max_rows=256, max_tokens_per_step=4096),
+    "gpu": PlatformDefaults(max_rows=256, max_tokens_per_step=8192),
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is being served, and with how much memory."""
+
+    name: str
+    architecture: str
+    dtype: str
+    vocab_size: int
+    num_layers: int
+    num_parameters: int
+    max_model_len: int
+    page_size: int
+    num_pages: int  # per rank
+    max_running_requests: int  # per rank
+    platform: str
+    tp_size: int
+    dp_size: int
+
+
+class Engine:
+    """Load a model and generate from it, step by step.
+
+    Args:
+        config: what to load and how.
+        progress: told about loading and compiling.
+
+    Raises:
+        CheckpointError, UnsupportedConfig, WeightPlanError, NotEnoughMemory, ConfigError: the model
+            cannot be served as asked; the message says what to change.
+    """
+
+    def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
+        start_s = time.perf_counter()
+        configure_jax(config)
+        self.config = config
+        self._closed = False
+        cache_dir = config.download_dir or user_cache_dir()
+        checkpoint = open_checkpoint(config.model_path, config.revision, cache_dir, progress)
+        self.tokenizer = _load_tokenizer(config, checkpoint, cache_dir)
+        self._build(checkpoint, progress)
+        del checkpoint
+        self._allocate_and_compile(progress)
+        self._in_flight: collections.deque[InFlight] = collections.deque()
+        self._num_seeds = 0
+        self.steps = 0
+        info = self.model_info
+        logger.info(
+            "%s (%s, %s) on %s tp=%d dp=%d: %d pages of %d tokens a rank, context %d, "
+            "%d buckets, ready in %.1f s",
+            info.name,
+            info.architecture,
+            info.dtype,
+            info.platform,
+            info.tp_size,
+            info.dp_size,
+            info.num_pages,
+            info.page_size,
+            info.max_model_len,
+            len(self._all_buckets),
+            time.perf_counter() - start_s,
+        )
+
+    # ---- start-up -----------------------------------------------------------------------------
+
+    def _build(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        config = self.config
+        device = None if config.device == "auto" else config.device
+        devices = jax.devices(device)
+        platform = devices[0].platform
+        defaults = DEFAULTS.get(platform, DEFAULTS["gpu"])
+        rules = ShardingRules(make_mesh(config.dp_size, config.tp_size, devices))
+        family = family_of(checkpoint.config)
+        spec = family.spec(checkpoint.config)
+        dtype = dtype_of(config.dtype, checkpoint.config, platform)
+        model = build_model(spec, rules, dtype, dtype)
+        max_len = config.context_length or spec.max_length
+        if max_len > spec.max_length:
+            raise ConfigError(
+                f"--context-length is {max_len}; this model was made for {spec.max_length} tokens "
+                f"(max_position_embeddings). Lower it."
+            )
+        params = load_params(model, checkpoint, progress)
+        self.runner = Runner(
+            model,
+            params,
+            page_size=config.page_size or default_page_size(platform),
+            max_rows=config.max_running_requests or defaults.max_rows,
+            max_model_len=max_len,
+        )
+        self._max_model_len = max_len
+        max_tokens = config.chunked_prefill_size or defaults.max_tokens_per_step
+        self._max_tokens = max(max_tokens, self.runner.max_rows)
+        self._all_buckets = make_buckets(self._max_tokens, self.runner.max_rows)
+        self._info = {
+            "name": config.model_path,
+            "architecture": checkpoint.config["architectures"][0],
+            "dtype": str(dtype),
+            "vocab_size": spec.vocab,
+            "num_layers": len(spec.layers),
+            "num_parameters": model.module.num_parameters,
+            "platform": platform,
+        }
+
+    def _allocate_and_compile(self, progress: Progress | None) -> None:
+        """Compile the largest bucket, size the pool from what the compiler says, allocate."""
+        largest = max(self._all_buckets, key=lambda b: (b.tokens, b.rows))
+        if progress is not None:
+            progress("compiling the largest bucket", 0, 1)
+        num_pages, compiled = self._size_pool(largest)
+        self.runner.allocate(num_pages)
+        self.runner.install(largest, compiled)
+        if progress is not None:
+            progress("compiling the largest bucket", 1, 1)
+        self.scheduler = Scheduler(
+            num_pages=num_pages,
+            page_size=self.runner.page_size,
+            max_rows=self.runner.max_rows,
+            max_tokens_per_step=self._max_tokens,
+            max_model_len=self._max_model_len,
+            num_ranks=self.runner.num_ranks,
+            buckets=(largest,),
+        )
+        # Handed over through a queue: the scheduler belongs to the thread that steps.
+        self._ready: queue.SimpleQueue[tuple[Bucket, jax.stages.Compiled]] = queue.SimpleQueue()
+        rest = sorted(
+            (b for b in self._all_buckets if b != largest), key=lambda b: (-b.tokens, b.rows)
+        )
+        self._compiler = BackgroundCompiler(
+            self.runner, rest, lambda bucket, step: self._ready.put((bucket, step)), progress
+        )
+        self.compiles = CompileCounter()
+
+    def _size_pool(self, bucket: Bucket) -> tuple[int, jax.stages.Compiled]:
+        """The number of pages a rank can have, and the bucket's step compiled for it.
+
+        The step is compiled for as many pages as weights alone would leave room for; where its
+        temporaries do not fit beside them, once more for the exact number.
+        """
+        config, runner = self.config, self.runner
+        mesh = runner.model.rules.mesh
+        budget = memory_budget_bytes(
+            mesh.devices.flat[0], config.mem_fraction_static, mesh.size
+        )
+        page_bytes = runner.page_bytes
+        min_pages = runner.pages_per_row
+        max_pages = runner.max_rows * runner.pages_per_row
+        if config.max_total_tokens is not None:
+            max_pages = min(max_pages, -(-config.max_total_tokens // runner.page_size))
+            if max_pages < min_pages:
+                raise ConfigError(
+                    f"--max-total-tokens {config.max_total_tokens} is {max_pages} pages of "
+                    f"{runner.page_size} tokens; one request of the full context needs "
+                    f"{min_pages}. Raise it or lower --context-length."
+                )
+        weights = sum(p.addressable_shards[0].data.nbytes for p in runner.params)
+        guess = max(min_pages, min(max_pages, (budget - weights) // page_bytes))
+        compiled, memory = runner.compile(bucket, guess)
+        exact = pages_that_fit(budget, memory, page_bytes, max_pages, min_pages)
+        if exact != guess:
+            compiled, _ = runner.compile(bucket, exact)
+        return exact, compiled
+
+    # ---- serving ------------------------------------------------------------------------------
+
+    def add(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, request_id: str
+    ) -> Request:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it can never be served (empty or too long a prompt, unknown tokens).
+        """
+        vocab = self._info["vocab_size"]
+        if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab:
+            raise InvalidRequest(
+                f"prompt token ids must lie in 0..{vocab - 1}; found "
+                f"{min(prompt_token_ids)}..{max(prompt_token_ids)}"
+            )
+        request = Request(
+            id=request_id,
+            tokens=list(prompt_token_ids),
+            num_prompt=len(prompt_token_ids),
+            sampling=sampling,
+            eos_ids=self.tokenizer.eos_ids,
+            seed=self._next_seed() if sampling.seed is None else sampling.seed,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def _next_seed(self) -> int:
+        self._num_seeds += 1
+        return (self.config.random_seed * 1_000_003 + self._num_seeds) & 0xFFFFFFFF
+
+    def abort(self, request_id: str) -> bool:
+        """Stop a request at once; False if it is not known (any more)."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def step(self) -> list[Request]:
+        """Schedule and dispatch one step, collect the one before; returns the requests it touched."""
+        self._take_compiled()
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self._in_flight.append(self.runner.dispatch(batch))
+            self.steps += 1
+        touched: list[Request] = []
+        keep = 1 if batch is not None and not self.config.disable_overlap_schedule else 0
+        while len(self._in_flight) > keep:
+            done = self._in_flight.popleft()
+            touched += self.scheduler.update(done.batch, self.runner.collect(done))
+        return touched
+
+    def _take_compiled(self) -> None:
+        if self._ready.empty():
+            return
+        while not self._ready.empty():
+            self.runner.install(*self._ready.get())
+        self.scheduler.set_buckets(self.runner.buckets)
+        if len(self.runner.buckets) == len(self._all_buckets):
+            self.compiles.reset()
+
+    @property
+    def is_warm(self) -> bool:
+        """Every bucket is compiled."""
+        return self._compiler.is_done
+
+    def wait_until_warm(self) -> None:
+        """Block until every bucket is compiled and installed. Call it from the stepping thread."""
+        self._compiler.wait()
+        self._take_compiled()
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return ModelInfo(
+            **self._info,
+            max_model_len=self._max_model_len,
+            page_size=self.runner.page_size,
+            num_pages=self.runner.num_pages,
+            max_running_requests=self.runner.max_rows,
+            tp_size=self.config.tp_size,
+            dp_size=self.config.dp_size,
+        )
+
+    def stats(self) -> dict[str, object]:
+        """Counters for /get_server_info: scheduler, compile progress, run-time compiles."""
+        return {
+            "steps": self.steps,
+            "scheduler": self.scheduler.stats,
+            "buckets_compiled": len(self.runner.buckets),
+            "buckets": len(self._all_buckets),
+            "compile_s": {str(b): round(s, 3) for b, s in self.runner.compile_s.items()},
+            "compiles_after_warmup": self.compiles.count if self.is_warm else 0,
+        }
+
+    def close(self) -> None:
+        """Stop background work; safe to call again."""
+        if not self._closed:
+            self._closed = True
+            self._compiler.close()
+
+
+def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint, cache_dir) -> Tokenizer:
+    folder = checkpoint.tokenizer_dir
+    if config.tokenizer_path is not None:
+        folder = Path(config.tokenizer_path).expanduser()
+        if not folder.is_dir():
+            folder = open_checkpoint(config.tokenizer_path, None, cache_dir).tokenizer_dir
+    if folder is None:
+        raise ConfigError(
+            f"{config.model_path} holds no tokenizer. Name a folder or hub id that does with "
+            f"--tokenizer-path."
+        )
+    return Tokenizer.load(folder, generation_config=checkpoint.generation_config)

@@ -1,0 +1,88 @@
+"""Compiling every bucket: the largest first, so that the engine can serve; the rest behind it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from converters.interface import Progress
+from jaxserve.engine.runner import Runner
+from jaxserve.scheduler.buckets import Bucket
+
+logger = logging.getLogger(__name__)
+
+STACK_BYTES = 64 * 2**20  # XLA's passes recurse deeper than a thread's default stack allows
+COMPILE_THREADS = 2
+
+
+class BackgroundCompiler:
+    """Compiles buckets in threads and hands each over as soon as it is there.
+
+    Args:
+        on_ready: called from a compile thread with the bucket and its executable.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        buckets: Sequence[Bucket],
+        on_ready: Callable[[Bucket, object], None],
+        progress: Progress | None,
+    ) -> None:
+        self._runner = runner
+        self._on_ready = on_ready
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self.total, self.done = len(buckets), 0
+        self.error: BaseException | None = None
+        self._start_s = time.perf_counter()
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            self._pool = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="compile")
+            self._futures: list[Future] = [
+                self._pool.submit(self._compile, bucket) for bucket in buckets
+            ]
+        finally:
+            threading.stack_size(before)
+
+    def _compile(self, bucket: Bucket) -> None:
+        if self._stop.is_set():
+            return
+        try:
+            compiled, _ = self._runner.compile(bucket, self._runner.num_pages)
+        except BaseException as error:
+            self.error = error
+            logger.exception("compiling %s failed; larger buckets serve instead", bucket)
+            return
+        self._on_ready(bucket, compiled)
+        with self._lock:
+            self.done += 1
+            done = self.done
+        if self._progress is not None:
+            self._progress("compiling further buckets", done, self.total)
+        if done == self.total:
+            logger.info(
+                "all %d further buckets compiled in %.1f s",
+                done,
+                time.perf_counter() - self._start_s,
+            )
+
+    @property
+    def is_done(self) -> bool:
+        return all(future.done() for future in self._futures)
+
+    def wait(self) -> None:
+        """Block until every bucket is compiled; raises what a compilation raised."""
+        for future in self._futures:
+            future.result()
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        """Drop what has not started; wait for what has."""
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)

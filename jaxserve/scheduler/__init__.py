@@ -1,0 +1,1 @@
+"""Which requests run in the next step, in which pages. Pure Python; knows nothing of JAX."""
