@@ -98,9 +98,7 @@ class HFCheckpoint:
     @property
     def tokenizer_dir(self) -> Path | None:
         """This folder when it holds a tokenizer, else None."""
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-        has_tokenizer = any((self.path / name).is_file() for name in names)
-        return self.path if has_tokenizer or any(self.path.glob("*.tiktoken")) else None
+        return self.path if has_tokenizer(self.path) else None
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Read one tensor, or the part that `index` names, from disk.
@@ -158,9 +156,9 @@ def write_hf(
     """
     destination = Path(destination)
     with folder_written_aside(destination, overwrite=overwrite) as folder:
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         if generation_config:
-            _write_json(folder / "generation_config.json", generation_config)
+            write_json(folder / "generation_config.json", generation_config)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, folder)
         writer = _ShardWriter(folder, max_shard_bytes, total_bytes, progress)
@@ -170,6 +168,12 @@ def write_hf(
         if check is not None:
             check(folder)
     return destination
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether `folder` holds a tokenizer's files."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
@@ -240,7 +244,7 @@ class _ShardWriter:
             "metadata": {"total_size": self.total_bytes},
             "weight_map": {name: names[shard] for name, shard in self.shard_of.items()},
         }
-        _write_json(self.folder / WEIGHT_INDEX, index)
+        write_json(self.folder / WEIGHT_INDEX, index)
 
 
 def write_safetensors(
@@ -288,7 +292,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, keys in their order, readable by people."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -11,9 +11,7 @@ Its arrays are uncompressed zarr, cut into chunks, so that a slice costs little 
 bytes. They are stored as the model definitions name them: unfused, unpadded, the same for any mesh.
 """
 
-import asyncio
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +30,10 @@ from converters.write_aside import folder_written_aside
 PARAMS = "params"
 MANIFEST = "jaxserve.json"
 FORMAT_VERSION = 1
-ORBAX_METADATA = ("_METADATA", "_CHECKPOINT_METADATA")  # files by which Orbax's own folders are known
+ORBAX_METADATA = (
+    "_METADATA",
+    "_CHECKPOINT_METADATA",
+)  # files by which Orbax's own folders are known
 CHUNK_BYTES = 1 << 24
 MAX_OPEN_FILES = 8  # chunks in flight: bounds what a read or write needs beside its own array
 DTYPES: Mapping[str, np.dtype] = {str(dtype): dtype for dtype in DTYPE_NAMES}
@@ -47,7 +48,9 @@ def is_orbax_folder(path: Path) -> bool:
 
 
 class OrbaxCheckpoint:
-    """A folder written by `write_orbax`. Opening it reads the manifest and checks every file's size.
+    """A folder written by `write_orbax`.
+
+    Opening it reads the manifest and checks every file's size.
 
     Attributes:
         source_names: the tensors of the HF checkpoint it was made from, in their order.
@@ -87,10 +90,9 @@ class OrbaxCheckpoint:
         """
         header = self.headers[name]
         bounds = slice_bounds(name, header.shape, index)
-        out = np.empty([stop - start for start, stop in bounds], header.dtype)
         spec = _array_spec(self.path / PARAMS / name) | {"fill_missing_data_reads": False}
         try:
-            array = tensorstore.open(
+            stored = tensorstore.open(
                 spec,
                 open=True,
                 read=True,
@@ -98,14 +100,12 @@ class OrbaxCheckpoint:
                 shape=header.shape,
                 context=self._context,
             ).result()
-            if out.size:
-                array[tuple(slice(*bound) for bound in bounds)].read().result(), out
+            return stored[tuple(slice(*bound) for bound in bounds)].read(order="C").result()
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"{self.path / PARAMS / name} cannot be read ({_first_line(error)}). "
                 "The checkpoint is damaged: convert or copy it again."
             ) from error
-        return out
 
 
 def write_orbax(
@@ -202,14 +202,13 @@ def _save_params(
             return []
 
     registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, StreamingHandler()))
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    with _absl_warnings_off(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder, nested(tensors))
+    with _absl_warnings_off():
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder, nested(tensors))
 
 
-def _write_array(
-    folder: Path, tensor: LazyTensor, context: tensorstore.Context
-) -> Iterator[int]:
+def _write_array(folder: Path, tensor: LazyTensor, context: tensorstore.Context) -> Iterator[int]:
     """Write `tensor` as zarr; yields the bytes written since the last time."""
     chunk = chunk_shape(tensor.shape, tensor.dtype.itemsize)
     metadata = {"chunks": chunk, "compressor": None, "dimension_separator": "."}
@@ -225,7 +224,10 @@ def _write_array(
     ).result()
     for index in boxes(tensor.shape, tensor.dtype.itemsize, chunk=chunk):
         block = tensor.read(index)
-        array[index].write(block, can_reference_source_data_indefinitely=True).result()
+        try:
+            array[index].write(block, can_reference_source_data_indefinitely=True).result()
+        except ValueError as error:  # what tensorstore makes of most errors of the file system
+            raise OSError(f"{folder}: {_first_line(error)}") from error
         yield block.nbytes
 
 
@@ -240,7 +242,7 @@ def _io_context() -> tensorstore.Context:
 
 @contextlib.contextmanager
 def _absl_warnings_off() -> Iterator[None]:
-    """Orbax warns that there are no OCDBT files to merge, which is as it should be."""
+    """Orbax warns that there is nothing of jax.Array and OCDBT, which is as it should be."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

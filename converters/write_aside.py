@@ -69,7 +69,8 @@ def _check_replaceable(destination: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{destination} exists and is not empty. Choose another path, or allow overwriting it."
+            f"{destination} exists and is not empty. Choose another path, or allow overwriting it "
+            "(--overwrite)."
         )
     if not (destination / "config.json").is_file():
         raise CheckpointError(

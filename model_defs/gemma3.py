@@ -46,7 +46,13 @@ def gemma3_weights(cfg: HFConfig) -> tuple[Rule, ...]:
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             },
         },
-        {**TINY, "head_dim": 16, "sliding_window": 8, "attention_bias": True},
+        {
+            **TINY,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "attention_bias": True,
+            "final_logit_softcapping": 5.0,
+        },
     ),
 )
 def gemma3(cfg: HFConfig) -> DecoderSpec:
@@ -86,10 +92,11 @@ def gemma3(cfg: HFConfig) -> DecoderSpec:
 
 def _ropes(cfg: HFConfig, head_dim: int) -> tuple[Rope, Rope]:
     """The ropes of the local and the global layers."""
-    if cfg.raw.get("rope_parameters") is not None:
-        return (
-            rope_from_hf(cfg, head_dim, section="sliding_attention"),
-            rope_from_hf(cfg, head_dim, section="full_attention"),
-        )
-    local = Rope(cfg.get("rope_local_base_freq", 10000.0), head_dim)
-    return local, rope_from_hf(cfg, head_dim, theta=1e6)
+    local_theta = cfg.get("rope_local_base_freq", 10000.0)
+    if cfg.raw.get("rope_parameters") is None:
+        return Rope(local_theta, head_dim), rope_from_hf(cfg, head_dim, theta=1e6)
+    theta = cfg.get("rope_theta", 1e6)
+    return (
+        rope_from_hf(cfg, head_dim, theta=local_theta, section="sliding_attention"),
+        rope_from_hf(cfg, head_dim, theta=theta, section="full_attention"),
+    )

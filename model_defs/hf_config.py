@@ -23,8 +23,8 @@ IGNORED = frozenset(
     max_position_embeddings model_type output_attentions output_hidden_states pad_token_id prefix
     problem_type pruned_heads remove_invalid_values resid_pdrop return_dict sep_token_id
     suppress_tokens task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
-    torch_dtype torchscript transformers_version unsloth_fixed unsloth_version use_bfloat16
-    use_cache
+    torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
     """.split()
 )
 
@@ -82,7 +82,11 @@ class HFConfig:
             self._children[key] = HFConfig(self[key], self.architecture, f"{self._where}{key}.")
         return self._children[key]
 
-    def layer_types(self, default: Callable[[int], str]) -> tuple[str, ...]:
+    def layer_types(
+        self,
+        default: Callable[[int], str],
+        allowed: tuple[str, ...] = ("full_attention", "sliding_attention"),
+    ) -> tuple[str, ...]:
         """Kinds of the layers: the `layer_types` list, or `default(index)` where it is absent."""
         count = self["num_hidden_layers"]
         kinds = self.get("layer_types") or [default(i) for i in range(count)]
@@ -90,6 +94,11 @@ class HFConfig:
             raise UnsupportedConfig(
                 f"{self.architecture}: 'layer_types' names {len(kinds)} layers, "
                 f"'num_hidden_layers' is {count}. Make them agree."
+            )
+        if unknown := sorted(set(kinds) - set(allowed)):
+            raise UnsupportedConfig(
+                f"{self.architecture}: 'layer_types' has {', '.join(map(repr, unknown))}; "
+                f"implemented: {', '.join(map(repr, allowed))}."
             )
         return tuple(kinds)
 

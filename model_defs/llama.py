@@ -48,7 +48,7 @@ TINY = {
 @register(
     "LlamaForCausalLM",
     weights=llama_weights,
-    ignored=("unsloth_template",),
+    ignored=("is_llama_config", "unsloth_template"),
     examples=("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     tiny=(
         TINY,

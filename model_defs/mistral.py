@@ -14,7 +14,17 @@ from model_defs.registry import register
     "MistralForCausalLM",
     weights=llama_weights,
     examples=("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-Small-24B-Instruct-2501"),
-    tiny=({**TINY, "sliding_window": None}, {**TINY, "head_dim": 24, "sliding_window": 8}),
+    tiny=(
+        {**TINY, "sliding_window": None},
+        {
+            **TINY,
+            "intermediate_size": 100,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 24,
+            "sliding_window": 8,
+        },
+    ),
 )
 def mistral(cfg: HFConfig) -> DecoderSpec:
     norm = RMSNorm(cfg["rms_norm_eps"])
@@ -22,7 +32,7 @@ def mistral(cfg: HFConfig) -> DecoderSpec:
         mixer=GQA.from_hf(
             cfg,
             position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-            window=cfg.get("sliding_window"),
+            window=cfg["sliding_window"],  # absent is not null: the reference then takes 4096
         ),
         ffn=MLP(cfg["intermediate_size"], cfg.get("hidden_act", "silu")),
         norms=PreNorm(norm),

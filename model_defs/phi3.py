@@ -50,7 +50,10 @@ def phi3_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     ),
 )
 def phi3(cfg: HFConfig) -> DecoderSpec:
-    cfg.expect("attention_bias", False)
+    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        cfg.expect(key, False)
+    for key in ("full_attn_mod", "interpolate_factor"):
+        cfg.expect(key, 1)
     norm = RMSNorm(cfg["rms_norm_eps"])
     layer = Layer(
         mixer=GQA.from_hf(

@@ -73,28 +73,55 @@ class Family:
 
 
 class _Registry:
-    """Architecture name -> family. A mapping, so that outside code can add to it."""
+    """Architecture name -> family. The last to register an architecture has it."""
 
     def __init__(self) -> None:
-        self.models: MutableMapping[str, Family] = {}
+        self._models: dict[str, Family] = {}
         self._discovered = False
 
+    @property
+    def models(self) -> MutableMapping[str, Family]:
+        """The table itself, complete, so that what outside code puts into it stays."""
+        self.discover()
+        return self._models
+
     def discover(self) -> None:
-        """Import every module of this package and every installed entry point, once."""
+        """Import every module of this package and every installed entry point, once.
+
+        Raises:
+            ImportError: an entry point cannot be loaded.
+        """
         if self._discovered:
             return
-        self._discovered = True
-        package = importlib.import_module("model_defs")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"model_defs.{module.name}")
-        for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-            loaded = entry.load()
-            if isinstance(loaded, Family):
-                self.add(loaded)
+        self._discovered = True  # first: a module that is being imported may look here
+        try:
+            package = importlib.import_module("model_defs")
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"model_defs.{module.name}")
+            for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+                loaded = _load(entry)
+                if isinstance(loaded, Family):
+                    self.add(loaded)
+        except BaseException:
+            self._discovered = False
+            raise
 
     def add(self, family: Family) -> None:
+        """Enter `family` under each of its architectures."""
         for architecture in family.architectures:
-            self.models[architecture] = family
+            self._models[architecture] = family
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> object:
+    try:
+        return entry.load()
+    except Exception as error:
+        package = entry.dist.name if entry.dist else "an installed package"
+        raise ImportError(
+            f"{package}: the entry point {entry.name} = {entry.value!r} in the group "
+            f"{ENTRY_POINT_GROUP!r} cannot be loaded: {type(error).__name__}: {error}. "
+            f"Repair the package or uninstall it."
+        ) from error
 
 
 ModelRegistry = _Registry()
@@ -134,8 +161,6 @@ def get_family(architecture: str) -> Family:
         UnsupportedConfig: no family does; the message lists those that exist.
     """
     if architecture not in ModelRegistry.models:
-        ModelRegistry.discover()
-    if architecture not in ModelRegistry.models:
         raise UnsupportedConfig(
             f"architecture {architecture!r} is not known. Known: "
             f"{', '.join(sorted(ModelRegistry.models))}. A new one is one file: "
@@ -157,5 +182,4 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def list_families() -> tuple[Family, ...]:
     """Every family once, by name."""
-    ModelRegistry.discover()
     return tuple(sorted(set(ModelRegistry.models.values()), key=lambda f: f.name))

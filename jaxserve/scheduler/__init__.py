@@ -1,1 +1,1 @@
-"""Which requests run in the next step, in which pages. Pure Python; knows nothing of JAX."""
+"""Decide on the host what each step computes; see scheduler.py. Imports no jax."""

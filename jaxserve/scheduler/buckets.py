@@ -1,18 +1,16 @@
-"""The shapes a step is compiled for, and the choice of one.
-
-A bucket is (tokens, rows), both per rank. Decode buckets have one token per row; the others hold
-prompt chunks beside decode rows.
-"""
+"""The step shapes that get compiled, and the choice of one for a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_SMALLEST_MIXED = 32  # tokens; a shorter chunk costs a step hardly less
 
-@dataclass(frozen=True, order=True)
+
+@dataclass(frozen=True, order=True, slots=True)
 class Bucket:
-    """One compiled shape: padded tokens and padded rows of a step."""
+    """One compiled shape of the step: padded tokens (T) and padded rows (R) of each rank."""
 
     tokens: int
     rows: int
@@ -21,32 +19,48 @@ class Bucket:
         return f"{self.tokens}x{self.rows}"
 
 
-def powers_of_two(low: int, high: int) -> list[int]:
-    """low, 2*low, 4*low, ... up to `high`, which is always the last."""
-    sizes = []
-    while low < high:
-        sizes.append(low)
-        low *= 2
-    return [*sizes, high]
-
-
 def make_buckets(max_tokens: int, max_rows: int) -> tuple[Bucket, ...]:
-    """Every shape worth compiling: decode at 1, 2, 4, ... rows; chunks at doubling sizes.
+    """Return the buckets to compile, in ascending order; the last one holds every batch.
+
+    Decode buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for powers of
+    two up to max_tokens. Every one is a compile, and a row costs a chunk's step little: only its
+    last token's logits.
 
     Raises:
-        ValueError: a step could not hold one token for every row.
+        ValueError: the maxima are not 1 <= max_rows <= max_tokens.
     """
     if not 1 <= max_rows <= max_tokens:
         raise ValueError(
-            f"{max_rows} rows do not fit in a step of {max_tokens} tokens. Raise "
-            f"--chunked-prefill-size or lower --max-running-requests."
+            f"buckets need 1 <= max_rows <= max_tokens, but max_rows={max_rows} and "
+            f"max_tokens={max_tokens}: every running row must get a token in every step."
         )
-    decode = {Bucket(rows, rows) for rows in powers_of_two(1, max_rows)}
-    smallest = min(max_tokens, max(32, 2 * max_rows))
-    mixed = {Bucket(tokens, max_rows) for tokens in powers_of_two(smallest, max_tokens)}
+    decode = {Bucket(rows, rows) for rows in _doubling(1, max_rows)}
+    smallest = min(max_tokens, max(_SMALLEST_MIXED, 2 * max_rows))
+    mixed = {Bucket(tokens, max_rows) for tokens in _doubling(smallest, max_tokens)}
     return tuple(sorted(decode | mixed))
 
 
 def choose(buckets: Iterable[Bucket], num_tokens: int, num_rows: int) -> Bucket:
-    """The cheapest bucket that holds a step: fewest tokens, then fewest rows."""
-    return min(b for b in buckets if b.tokens >= num_tokens and b.rows >= num_rows)
+    """Return the cheapest bucket that fits; tokens cost most, then rows.
+
+    `buckets` must be in ascending order, as make_buckets gives them.
+
+    Raises:
+        ValueError: none fits.
+    """
+    for bucket in buckets:
+        if bucket.tokens >= num_tokens and bucket.rows >= num_rows:
+            return bucket
+    raise ValueError(
+        f"no bucket holds {num_tokens} tokens in {num_rows} rows; the largest is "
+        f"{max(buckets, default=None)}."
+    )
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """Return first, 2 first, 4 first, ... below last, and last."""
+    values = []
+    while first < last:
+        values.append(first)
+        first *= 2
+    return [*values, last]

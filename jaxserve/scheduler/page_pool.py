@@ -1,68 +1,78 @@
-"""The pool of KV pages of one rank: a free list and reference counts."""
+"""Which KV pages are free, and how many hold each of the others. Page contents are elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from jaxserve.request import InvalidRequest
 
 
-class NoPagesLeft(ValueError):
-    """More pages were asked for than there are."""
+class NoPagesLeft(InvalidRequest):
+    """More pages are asked than there are."""
 
 
 class PagePool:
-    """Pages 0 .. num_pages-1, each free or held by one or more owners."""
+    """The pages 0..num_pages-1 of one rank, each free or held by one or more owners.
+
+    A freed page is the next to be given out: the device runs steps in order, so whatever a step
+    in flight still writes to it comes before the writes of its next owner.
+    """
 
     def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"a page pool needs at least one page, not num_pages={num_pages}.")
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
-        self._references = [0] * num_pages
+        self._num_owners = [0] * num_pages
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, or none.
+    def allocate(self, num: int) -> list[int]:
+        """Take `num` free pages, each with one owner; safe with num=0.
 
         Raises:
-            NoPagesLeft: fewer are free.
+            NoPagesLeft: fewer are free; none is taken.
         """
-        if count > len(self._free):
+        left = len(self._free) - num
+        if left < 0:
             raise NoPagesLeft(
-                f"{count} pages asked for, {len(self._free)} of {self.num_pages} are free"
+                f"{num} pages were asked, but {len(self._free)} of {self.num_pages} are free."
             )
-        pages = [self._free.pop() for _ in range(count)]
+        pages = self._free[left:]
+        del self._free[left:]
         for page in pages:
-            self._references[page] = 1
+            self._num_owners[page] = 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Add an owner to pages that have one already."""
+        """Give each of these held pages one more owner."""
         for page in pages:
-            assert self._references[page] > 0, f"page {page} is free and cannot be shared"
-            self._references[page] += 1
+            assert self._num_owners[page] > 0, f"page {page} is shared, but it is free"
+            self._num_owners[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Drop one owner of each page; a page without owners is free."""
+        """Take one owner from each of these pages; those without any become free."""
         for page in pages:
-            assert self._references[page] > 0, f"page {page} was released twice"
-            self._references[page] -= 1
-            if self._references[page] == 0:
+            num_owners = self._num_owners[page] - 1
+            assert num_owners >= 0, f"page {page} is released, but it is free"
+            self._num_owners[page] = num_owners
+            if num_owners == 0:
                 self._free.append(page)
 
-    def check_integrity(self, owners: Iterable[Iterable[int]] | None = None) -> None:
-        """Assert that every page is either free once or owned as often as it is counted.
+    def check_integrity(self, owners: Iterable[Sequence[int]] | None = None) -> None:
+        """Assert that every page is either free, once, or held.
 
-        Args:
-            owners: the page lists of everyone who holds pages, to compare with the counts.
+        With `owners`, the pages of every owner, also that the counts are theirs exactly.
         """
         free = set(self._free)
         assert len(free) == len(self._free), "a page is in the free list twice"
-        for page, count in enumerate(self._references):
-            assert (count == 0) == (page in free), f"page {page}: {count} owners, free: {page in free}"
+        unowned = {page for page, num in enumerate(self._num_owners) if num == 0}
+        assert free == unowned, f"free list and owner counts differ in {sorted(free ^ unowned)}"
+        assert min(self._num_owners) >= 0, "a page has a negative number of owners"
         if owners is not None:
-            counted = [0] * self.num_pages
-            for pages in owners:
-                for page in pages:
-                    counted[page] += 1
-            assert counted == self._references, "owners and reference counts disagree"
+            held = Counter(page for pages in owners for page in pages)
+            counted = {page: num for page, num in enumerate(self._num_owners) if num}
+            assert held == counted, f"pages held: {dict(held)}; pages counted: {counted}"

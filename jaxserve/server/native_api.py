@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -96,11 +96,15 @@ def _model_info(service: Service) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    """Return a dataclass or a mapping as a dict of what JSON can hold."""
-    fields = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)
-    kinds = (str, int, float, bool, list, tuple, dict, type(None))
-    return {k: v if isinstance(v, kinds) else str(v) for k, v in fields.items()}
+def _plain(value: Any) -> Any:
+    """Return dataclasses and mappings as dicts, and what JSON does not know as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 async def _generate_jobs(service: Service, body: GenerateBody) -> list[Job]:

@@ -297,12 +297,13 @@ class GenerateSampling(Body):
     stop_regex: Any = None
     structural_tag: Any = None
 
-    def sampling(self, defaults: Mapping[str, float | int]) -> SamplingParams:
+    def sampling(
+        self, defaults: Mapping[str, float | int], max_tokens: int | None
+    ) -> SamplingParams:
         """Return the sampling parameters; `defaults` are the checkpoint's, by field name."""
-        max_tokens = self.max_new_tokens
         return make_sampling(
             defaults,
-            max_tokens=GENERATE_MAX_TOKENS if max_tokens is None else max_tokens,
+            max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -338,13 +339,13 @@ class GenerateBody(Body):
     def check(self) -> None:
         """Raise APIError for fields that are not neutral, or do not fit together."""
         refuse_unless_neutral(self, "generate")
-        for params in self.sampling_params_list:
-            refuse_unless_neutral(params, "generate.sampling_params")
         if (self.text is None) == (self.input_ids is None):
             raise bad_request("send either text or input_ids.", param="text")
         num_prompts = len(self.prompts)
         if num_prompts == 0:
             raise bad_request("the list of prompts is empty; send at least one.", param="text")
+        for params in self.sampling_params_list:
+            refuse_unless_neutral(params, "generate.sampling_params")
         for field in ("sampling_params", "rid"):
             value = getattr(self, field)
             if isinstance(value, list) and (not self.is_batch or len(value) != num_prompts):

@@ -22,6 +22,7 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 # Longer texts are tokenized in a thread: this takes milliseconds, and others are waiting.
 LONG_TEXT_CHARS = 8192
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Job:
         parts = []
         for i in range(self.num_choices):
             seed = self.sampling.seed
-            seed = None if seed is None else (seed + i) % 2**32
+            if seed is not None:
+                seed += i if seed + i <= MAX_SEED else i - MAX_SEED
             parts.append((f"{self.rid}-{i}", dataclasses.replace(self.sampling, seed=seed)))
         return parts
 

@@ -22,6 +22,12 @@ from model_defs.sharding import DATA, Axis, head_layout
 from pallas_kernels.ragged_paged_attention import cache_axes, ragged_paged_attention
 
 
+# Traced once per shape and set of options, not once per layer: tracing is most of a warm start.
+_attend = jax.jit(
+    ragged_paged_attention, static_argnames=("scale", "window", "softcap", "implementation")
+)
+
+
 @dataclass(frozen=True)
 class GQA:
     """Attention of `heads` query heads over `kv_heads` KV heads.
@@ -122,7 +128,7 @@ class GQAModule(nnx.Module):
             tables = spec.position.tables(batch)
             q, k = spec.position.rotate(q, tables), spec.position.rotate(k, tables)
         attend = partial(
-            ragged_paged_attention,
+            _attend,
             scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
             window=spec.window,
             softcap=spec.softcap,

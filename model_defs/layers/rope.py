@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from model_defs.hf_config import HFConfig, UnsupportedConfig
 from model_defs.interface import ForwardBatch
@@ -118,9 +118,6 @@ class Rope:
         return jnp.concatenate([rotated, x[..., self.dim :]], axis=-1)
 
 
-Positions = Int[Array, " T"]
-
-
 def _scaling(cfg: HFConfig, kind: str, read: HFConfig, dim: int) -> Any:
     """Build the scaling named `kind` from the keys of `read`."""
     longest = cfg["max_position_embeddings"]
@@ -134,13 +131,13 @@ def _scaling(cfg: HFConfig, kind: str, read: HFConfig, dim: int) -> Any:
             read["original_max_position_embeddings"],
         )
     if kind in ("longrope", "su"):
-        original = read.get("original_max_position_embeddings") or cfg.get(
-            "original_max_position_embeddings", longest
+        original = read.get(
+            "original_max_position_embeddings", cfg.get("original_max_position_embeddings", longest)
         )
-        cfg.get("original_max_position_embeddings")
-        ratio = read.get("factor") or longest / original
-        magnitude = read.get("attention_factor") or (
-            math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+        ratio = read.get("factor", longest / original)
+        magnitude = read.get(
+            "attention_factor",
+            math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0,
         )
         short, long = tuple(read["short_factor"]), tuple(read["long_factor"])
         if len(short) != dim // 2 or len(long) != dim // 2:
@@ -163,20 +160,19 @@ def rope_from_hf(
     Args:
         head_dim: of a query head; multiplied by `partial_rotary_factor` where given.
         theta: the default base.
-        section: key of `rope_parameters` to read where it holds one entry per layer kind.
+        section: key of `rope_parameters` to read where it holds one entry per layer kind; the
+            config's own `rope_theta`, which names no kind, is then left to the caller.
     """
     modern = cfg.raw.get("rope_parameters") is not None
     params = cfg.sub("rope_parameters" if modern else "rope_scaling", default=_empty(cfg))
     if section and modern:
         params = params.sub(section)
-    legacy_fraction = cfg.get("partial_rotary_factor", 1.0)
-    legacy_theta = cfg.get("rope_theta", theta)
-    if not modern:
-        cfg.get("rope_scaling")
-    theta = params.get("rope_theta", legacy_theta)
-    dim = int(head_dim * params.get("partial_rotary_factor", legacy_fraction))
-    kind = params.get("rope_type") or params.get("type") or "default"
-    params.get("type")
+    else:
+        theta = cfg.get("rope_theta", theta)
+    theta = params.get("rope_theta", theta)
+    fraction = params.get("partial_rotary_factor", cfg.get("partial_rotary_factor", 1.0))
+    dim = int(head_dim * fraction)
+    kind = params.get("rope_type", params.get("type", "default"))
     return Rope(theta, dim, None if kind == "default" else _scaling(cfg, kind, params, dim))
 
 

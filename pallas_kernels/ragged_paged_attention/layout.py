@@ -40,9 +40,12 @@ def token_rows(
     Row and position of a padding token are in range but mean nothing.
     """
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
+    num_rows = kv_lens.shape[0]
     live = tokens < query_starts[distribution[2]]
-    rows = jnp.searchsorted(query_starts[1:], tokens, side="right", method="compare_all")
-    rows = jnp.minimum(rows.astype(jnp.int32), kv_lens.shape[0] - 1)
+    is_live_row = jnp.arange(num_rows) < distribution[2]
+    ends = jnp.where(is_live_row, query_starts[1:], num_tokens)
+    rows = jnp.searchsorted(ends, tokens, side="right", method="compare_all")
+    rows = jnp.minimum(rows.astype(jnp.int32), num_rows - 1)
     positions = kv_lens[rows] - query_starts[rows + 1] + tokens
     return rows, jnp.where(live, positions, 0), live
 

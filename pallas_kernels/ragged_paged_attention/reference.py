@@ -1,7 +1,7 @@
-"""The specification of ragged paged attention: dense, slow, and meant to be read.
+"""The specification of ragged paged attention: one token at a time, and meant to be read.
 
-Every token looks at every slot of its row's page table; a mask says which of them count. Memory
-is T * P * page_size * K * H, so this is for tests and for reading, not for serving.
+Every token looks at every slot of its row's page table; a mask says which of them count. For
+tests and for reading, not for serving.
 """
 
 import jax
@@ -33,33 +33,33 @@ def ragged_paged_attention(
     """See `api.ragged_paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_head_dim = k.shape[1], v.shape[2]
-    cache = write_tokens(cache, k, v, kv_lens, page_table, query_starts, distribution)
-    rows, positions, live = token_rows(kv_lens, query_starts, distribution, num_tokens)
-
-    keys, values = shape_slabs(*read_slabs(cache, page_table[rows]), head_dim, v_head_dim)
-    # [T, P, K, H, page_size] and [T, P, K, page_size, Hv] to [T, S, K, ..]
-    keys = keys.transpose(0, 1, 4, 2, 3).astype(jnp.float32)
-    values = values.transpose(0, 1, 3, 2, 4).astype(jnp.float32)
-    keys = keys.reshape(num_tokens, -1, num_kv_heads, head_dim)
-    values = values.reshape(num_tokens, -1, num_kv_heads, v_head_dim)
-    kv_positions = jnp.arange(keys.shape[1], dtype=jnp.int32)
-
-    distance = positions[:, None] - kv_positions[None, :]  # [T, S], how far back a key lies.
-    visible = (distance >= 0) & live[:, None]
-    if window is not None:
-        visible &= distance < window
-    keys = jnp.where(visible[:, :, None, None], keys, 0.0)
-    values = jnp.where(visible[:, :, None, None], values, 0.0)
-
     group = num_heads // num_kv_heads
-    keys, values = jnp.repeat(keys, group, axis=2), jnp.repeat(values, group, axis=2)
-    high = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("tnh,tsnh->tns", q.astype(jnp.float32), keys, precision=high) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        scores -= alibi_slopes[None, :, None] * distance[:, None, :]
-    scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("tns,tsnh->tnh", weights, values, precision=high)
-    return jnp.where(live[:, None, None], out, 0.0).astype(q.dtype), cache
+    slopes = jnp.zeros(num_heads) if alibi_slopes is None else alibi_slopes
+    cache = write_tokens(cache, k, v, kv_lens, page_table, query_starts, distribution)
+
+    def attend(token):
+        query, row, position, live = token
+        slabs = read_slabs(cache, page_table[row])
+        keys, values = shape_slabs(*slabs, head_dim, v_head_dim)
+        # [P, K, H, page_size] and [P, K, page_size, Hv] to [S, N, ..]
+        keys = keys.transpose(0, 3, 1, 2).reshape(-1, num_kv_heads, head_dim)
+        values = values.transpose(0, 2, 1, 3).reshape(-1, num_kv_heads, v_head_dim)
+        keys, values = (jnp.repeat(x.astype(jnp.float32), group, 1) for x in (keys, values))
+
+        distance = position - jnp.arange(keys.shape[0])  # How far back each key lies.
+        visible = (distance >= 0) & live
+        if window is not None:
+            visible &= distance < window
+        keys, values = (jnp.where(visible[:, None, None], x, 0.0) for x in (keys, values))
+
+        scores = (query.astype(jnp.float32) * keys).sum(-1) * scale  # [S, N]
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores -= slopes * distance[:, None]
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=0)
+        return jnp.where(live, (weights[:, :, None] * values).sum(0), 0.0)
+
+    rows, positions, live = token_rows(kv_lens, query_starts, distribution, num_tokens)
+    out = jax.lax.map(attend, (q, rows, positions, live))
+    return out.astype(q.dtype), cache

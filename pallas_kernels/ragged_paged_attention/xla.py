@@ -31,7 +31,7 @@ _TILE_ROWS = 768  # Rows of a tile's matrix product (queries * group): fewer use
 _TILE_MAX = 256  # Queries per tile, at most.
 _SMALL_TILE = 64  # Queries per tile for what large tiles would fit badly.
 _BLOCK = 256  # Keys per trip of a large tile, at most.
-_SMALL_BLOCK = 128  # Keys per trip of a small tile.
+_SMALL_BLOCK = 64  # Keys per trip of a small tile.
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
 
 
@@ -79,7 +79,7 @@ def work_items(
 def tile_sizes(num_tokens: int, group: int) -> tuple[int, int]:
     """Queries per tile and per small tile for a step of num_tokens; equal: one size is enough."""
     tile = min(num_tokens, _TILE_MAX, max(_SMALL_TILE, _TILE_ROWS // group))
-    return tile, _SMALL_TILE if tile > 2 * _SMALL_TILE else tile
+    return tile, _SMALL_TILE if tile >= 2 * _SMALL_TILE else tile
 
 
 def tile_blocks(
@@ -126,6 +126,7 @@ def ragged_paged_attention(
     queries = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, group, head_dim)
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(num_kv_heads, group)
     score = _Score(
+        zero=_zero_of(q, cache, kv_lens, page_table, query_starts, distribution),
         scale=scale,
         window=window,
         softcap=softcap,
@@ -155,13 +156,22 @@ def ragged_paged_attention(
 
 
 class _Score(NamedTuple):
-    """How scores are made from queries and scaled keys; slopes f32[K, G] or None."""
+    """How scores are made from queries and scaled keys; slopes f32[K, G] or None.
 
+    zero: f32[], see _zero_of; starts every accumulator.
+    """
+
+    zero: jax.Array
     scale: float
     window: int | None
     softcap: float | None
     slopes: jax.Array | None
     precision: lax.Precision
+
+    def start(self, shape: tuple[int, ...], v_head_dim: int) -> tuple[jax.Array, ...]:
+        """Running maximum [*shape], sum [*shape] and output [*shape, Hv] before any key."""
+        zeros = jnp.broadcast_to(self.zero, shape)
+        return zeros + _MASKED, zeros, jnp.broadcast_to(self.zero, (*shape, v_head_dim))
 
     def products(self, pattern: str, left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.einsum(
@@ -249,11 +259,7 @@ def _attend_singles(
         )
 
     heads = (num_rows, num_kv_heads, group)
-    state = (
-        jnp.full(heads, _MASKED, jnp.float32),
-        jnp.zeros(heads, jnp.float32),
-        jnp.zeros((*heads, v_head_dim), jnp.float32),
-    )
+    state = score.start(heads, v_head_dim)
     _, total_weight, out = lax.fori_loop(0, _ceil_div(total, width), trip, state)
     out /= jnp.where(total_weight == 0.0, 1.0, total_weight)[..., None]
     return jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0), (0, 0)))
@@ -329,11 +335,7 @@ def _attend_tiles(
             return new_max, new_sum, old_out * fade[..., None] + part
 
         heads = (num_kv_heads, group * tile)
-        state = (
-            jnp.full(heads, _MASKED, jnp.float32),
-            jnp.zeros(heads, jnp.float32),
-            jnp.zeros((*heads, v_head_dim), jnp.float32),
-        )
+        state = score.start(heads, v_head_dim)
         _, total_weight, tile_out = lax.fori_loop(first_block, end_block, each_block, state)
         tile_out /= total_weight[..., None]
         tile_out = tile_out.reshape(num_kv_heads, group, tile, v_head_dim).transpose(2, 0, 1, 3)
@@ -366,6 +368,19 @@ def _load(
     counts = element < known[:, None, None] * width
     values = jnp.where(counts, values.astype(jnp.float32), 0.0)
     return shape_slabs(keys, values, head_dim, v_head_dim)
+
+
+def _zero_of(*arrays: jax.Array) -> jax.Array:
+    """A float32 zero that varies over the same mesh axes as any of `arrays`.
+
+    Inside `jax.shard_map` a loop's state must say from the start over which axes it varies. XLA
+    folds this into a constant.
+    """
+    zero = jnp.float32(0.0)
+    for array in arrays:
+        first = array[(0,) * array.ndim].astype(jnp.float32)
+        zero = jnp.where(False, first, zero)
+    return zero
 
 
 def _items_per_trip(num_rows: int, max_pages: int, page_size: int, cache: jax.Array) -> int:

