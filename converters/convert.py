@@ -85,6 +85,8 @@ def convert(
         raise CheckpointError(f"--to {to} is not a format; give one of {', '.join(FORMATS)}.")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype} is not known; give one of {', '.join(DTYPES)}.")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise CheckpointError(f"--max-shard-bytes is {max_shard_bytes}; it must be at least 1.")
     source, destination = open_checkpoint(src, revision, download_dir, progress), Path(dst)
     _check_apart(source.path, destination)
     contents = _canonical(source, progress) if to == "orbax" else _stored(source)

@@ -11,7 +11,7 @@ import numpy as np
 from converters.errors import CheckpointError
 from converters.interface import Index
 
-BLOCK_BYTES = 1 << 26
+BLOCK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ ORBAX_METADATA = (
     "_CHECKPOINT_METADATA",
 )  # files by which Orbax's own folders are known
 CHUNK_BYTES = 1 << 24
-MAX_OPEN_FILES = 8  # chunks in flight: bounds what a read or write needs beside its own array
+MAX_OPEN_FILES = 4  # chunks in flight: bounds what a read or write needs beside its own array
 DTYPES: Mapping[str, np.dtype] = {str(dtype): dtype for dtype in DTYPE_NAMES}
 
 

@@ -419,7 +419,8 @@ class AsyncEngine:
     def close(self, timeout_s: float = JOIN_TIMEOUT_S) -> bool:
         """Stop the step thread and close the engine; running requests end with an error.
 
-        Returns False if the thread did not end in time (a model that is still loading).
+        Returns False if the thread did not end in time: it loads a model, or waits for a
+        compilation that cannot be interrupted.
         """
         with self._condition:
             self._is_closing = True

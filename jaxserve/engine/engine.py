@@ -23,9 +23,14 @@ from converters.interface import Checkpoint, Progress
 from jaxserve.config import ConfigError, EngineConfig, configure_jax, user_cache_dir
 from jaxserve.engine.compile_counter import CompileCounter
 from jaxserve.engine.kv_cache import memory_budget_bytes, pages_that_fit
-from jaxserve.engine.loader import build_model, dtype_of, load_params
+from jaxserve.engine.loader import (
+    build_model,
+    dtype_of,
+    load_params,
+    params_bytes_per_device,
+)
 from jaxserve.engine.runner import InFlight, Runner
-from jaxserve.engine.warmup import BackgroundCompiler
+from jaxserve.engine.warmup import BackgroundCompiler, large_stack_pool
 from jaxserve.request import InvalidRequest, Request, SamplingParams
 from jaxserve.scheduler.buckets import Bucket, make_buckets
 from jaxserve.scheduler.scheduler import Scheduler
@@ -39,16 +44,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlatformDefaults:
-    """What suits a platform when the user does not say."""
+    """What suits a platform when the user does not say.
+
+    Attributes:
+        full_contexts: the pool grows no larger than this many requests of the full context need.
+    """
 
     max_rows: int
     max_tokens_per_step: int
+    full_contexts: int
 
 
+# A CPU's memory is shared with everything else its user runs, so the pool stays small there.
 DEFAULTS = {
-    "cpu": PlatformDefaults(max_rows=16, max_tokens_per_step=512),
-    "tpu": PlatformDefaults(max_rows=256, max_tokens_per_step=4096),
-    "gpu": PlatformDefaults(max_rows=256, max_tokens_per_step=8192),
+    "cpu": PlatformDefaults(max_rows=16, max_tokens_per_step=512, full_contexts=4),
+    "tpu": PlatformDefaults(max_rows=256, max_tokens_per_step=4096, full_contexts=256),
+    "gpu": PlatformDefaults(max_rows=256, max_tokens_per_step=8192, full_contexts=256),
 }
 
 
@@ -90,10 +101,12 @@ class Engine:
         self._closed = False
         cache_dir = config.download_dir or user_cache_dir()
         checkpoint = open_checkpoint(config.model_path, config.revision, cache_dir, progress)
-        self.tokenizer = _load_tokenizer(config, checkpoint, cache_dir)
-        self._build(checkpoint, progress)
-        del checkpoint
-        self._allocate_and_compile(progress)
+        self._build(checkpoint)
+        with large_stack_pool(1) as pool:  # the compiler needs no weights: both at once
+            sized = pool.submit(self._size_pool, progress)
+            self.tokenizer = _load_tokenizer(config, checkpoint, cache_dir)
+            self.runner.params = load_params(self.runner.model, checkpoint, progress)
+            self._start_serving(*sized.result(), progress)
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._num_seeds = 0
         self.steps = 0
@@ -116,7 +129,8 @@ class Engine:
 
     # ---- start-up -----------------------------------------------------------------------------
 
-    def _build(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
+    def _build(self, checkpoint: Checkpoint) -> None:
+        """Everything that needs no weights: the model's definition and the sizes of a step."""
         config = self.config
         device = None if config.device == "auto" else config.device
         devices = jax.devices(device)
@@ -133,15 +147,18 @@ class Engine:
                 f"--context-length is {max_len}; this model was made for {spec.max_length} tokens "
                 f"(max_position_embeddings). Lower it."
             )
-        params = load_params(model, checkpoint, progress)
         self.runner = Runner(
             model,
-            params,
             page_size=config.page_size or default_page_size(platform),
             max_rows=config.max_running_requests or defaults.max_rows,
             max_model_len=max_len,
         )
         self._max_model_len = max_len
+        self._full_contexts = defaults.full_contexts
+        mesh = rules.mesh
+        self._budget_bytes = memory_budget_bytes(
+            mesh.devices.flat[0], config.mem_fraction_static, mesh.size
+        )
         max_tokens = config.chunked_prefill_size or defaults.max_tokens_per_step
         self._max_tokens = max(max_tokens, self.runner.max_rows)
         self._all_buckets = make_buckets(self._max_tokens, self.runner.max_rows)
@@ -155,16 +172,16 @@ class Engine:
             "platform": platform,
         }
 
-    def _allocate_and_compile(self, progress: Progress | None) -> None:
-        """Compile the largest bucket, size the pool from what the compiler says, allocate."""
-        largest = max(self._all_buckets, key=lambda b: (b.tokens, b.rows))
-        if progress is not None:
-            progress("compiling the largest bucket", 0, 1)
-        num_pages, compiled = self._size_pool(largest)
+    def _start_serving(
+        self,
+        num_pages: int,
+        largest: Bucket,
+        compiled: jax.stages.Compiled,
+        progress: Progress | None,
+    ) -> None:
+        """Allocate the pool, serve with the largest bucket, compile the others behind it."""
         self.runner.allocate(num_pages)
         self.runner.install(largest, compiled)
-        if progress is not None:
-            progress("compiling the largest bucket", 1, 1)
         self.scheduler = Scheduler(
             num_pages=num_pages,
             page_size=self.runner.page_size,
@@ -176,43 +193,45 @@ class Engine:
         )
         # Handed over through a queue: the scheduler belongs to the thread that steps.
         self._ready: queue.SimpleQueue[tuple[Bucket, jax.stages.Compiled]] = queue.SimpleQueue()
-        rest = sorted(
-            (b for b in self._all_buckets if b != largest), key=lambda b: (-b.tokens, b.rows)
-        )
+        rest = [b for b in self._all_buckets if b != largest]  # decode first: it gains most
         self._compiler = BackgroundCompiler(
             self.runner, rest, lambda bucket, step: self._ready.put((bucket, step)), progress
         )
         self.compiles = CompileCounter()
 
-    def _size_pool(self, bucket: Bucket) -> tuple[int, jax.stages.Compiled]:
-        """The number of pages a rank can have, and the bucket's step compiled for it.
+    def _size_pool(self, progress: Progress | None) -> tuple[int, Bucket, jax.stages.Compiled]:
+        """Compile the largest bucket and size the pool from what the compiler says it needs.
 
         The step is compiled for as many pages as weights alone would leave room for; where its
         temporaries do not fit beside them, once more for the exact number.
+
+        Returns:
+            the pages a rank can have, the bucket, and its step compiled for that many.
         """
+        bucket = max(self._all_buckets)
+        if progress is not None:
+            progress("compiling the largest bucket", 0, 1)
         config, runner = self.config, self.runner
-        mesh = runner.model.rules.mesh
-        budget = memory_budget_bytes(
-            mesh.devices.flat[0], config.mem_fraction_static, mesh.size
-        )
-        page_bytes = runner.page_bytes
+        budget, page_bytes = self._budget_bytes, runner.page_bytes
         min_pages = runner.pages_per_row
-        max_pages = runner.max_rows * runner.pages_per_row
+        max_pages = min(runner.max_rows, self._full_contexts) * runner.pages_per_row
         if config.max_total_tokens is not None:
-            max_pages = min(max_pages, -(-config.max_total_tokens // runner.page_size))
+            max_pages = -(-config.max_total_tokens // runner.page_size)
             if max_pages < min_pages:
                 raise ConfigError(
                     f"--max-total-tokens {config.max_total_tokens} is {max_pages} pages of "
                     f"{runner.page_size} tokens; one request of the full context needs "
                     f"{min_pages}. Raise it or lower --context-length."
                 )
-        weights = sum(p.addressable_shards[0].data.nbytes for p in runner.params)
-        guess = max(min_pages, min(max_pages, (budget - weights) // page_bytes))
+        weights_bytes = params_bytes_per_device(runner.model)
+        guess = max(min_pages, min(max_pages, (budget - weights_bytes) // page_bytes))
         compiled, memory = runner.compile(bucket, guess)
         exact = pages_that_fit(budget, memory, page_bytes, max_pages, min_pages)
         if exact != guess:
             compiled, _ = runner.compile(bucket, exact)
-        return exact, compiled
+        if progress is not None:
+            progress("compiling the largest bucket", 1, 1)
+        return exact, bucket, compiled
 
     # ---- serving ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from model_defs.interface import CacheSpec
 from model_defs.sharding import ShardingRules
 from pallas_kernels.ragged_paged_attention import cache_axes, cache_shape
 
-CPU_FRACTION, ACCELERATOR_FRACTION = 0.5, 0.92
+CPU_FRACTION, ACCELERATOR_FRACTION = 0.8, 0.92
 MEMINFO = Path("/proc/meminfo")
 
 

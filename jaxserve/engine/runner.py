@@ -36,7 +36,7 @@ class Runner:
     """Owns the arrays on the device and the compiled steps.
 
     Args:
-        model: definition; `params` its arrays, or None to compile without weights.
+        model: definition; its arrays are set as `params` before the first dispatch.
         max_rows: rows per rank.
         max_model_len: tokens of the longest request.
     """
@@ -44,14 +44,13 @@ class Runner:
     def __init__(
         self,
         model: Model,
-        params: tuple[jax.Array, ...] | None,
         *,
         page_size: int,
         max_rows: int,
         max_model_len: int,
     ) -> None:
         self.model = model
-        self.params = params
+        self.params: tuple[jax.Array, ...] = ()  # loaded while the first bucket compiles
         self.page_size = page_size
         self.max_rows = max_rows
         self.pages_per_row = -(-max_model_len // page_size)

@@ -15,7 +15,23 @@ from jaxserve.scheduler.buckets import Bucket
 logger = logging.getLogger(__name__)
 
 STACK_BYTES = 64 * 2**20  # XLA's passes recurse deeper than a thread's default stack allows
-COMPILE_THREADS = 2
+# On a CPU one compilation keeps every core busy, and serving wants some of them.
+COMPILE_THREADS = {"cpu": 1, "tpu": 4, "gpu": 4}
+
+
+def large_stack_pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads that XLA can compile in."""
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        # The executor starts a thread per submitted task until it has enough: start them now,
+        # while the stack size holds.
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+        barrier = threading.Barrier(num_threads)
+        for ready in [pool.submit(barrier.wait) for _ in range(num_threads)]:
+            ready.result()
+        return pool
+    finally:
+        threading.stack_size(before)
 
 
 class BackgroundCompiler:
@@ -40,14 +56,11 @@ class BackgroundCompiler:
         self.total, self.done = len(buckets), 0
         self.error: BaseException | None = None
         self._start_s = time.perf_counter()
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            self._pool = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="compile")
-            self._futures: list[Future] = [
-                self._pool.submit(self._compile, bucket) for bucket in buckets
-            ]
-        finally:
-            threading.stack_size(before)
+        platform = runner.model.rules.mesh.devices.flat[0].platform
+        self._pool = large_stack_pool(COMPILE_THREADS.get(platform, 4))
+        self._futures: list[Future] = [
+            self._pool.submit(self._compile, bucket) for bucket in buckets
+        ]
 
     def _compile(self, bucket: Bucket) -> None:
         if self._stop.is_set():

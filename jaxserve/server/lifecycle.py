@@ -17,12 +17,14 @@ import uvicorn
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.async_engine import AsyncEngine, StartupProgress, StepEngine
 from jaxserve.server.app import create_app
+from jaxserve.tokenizer import load_chat_template
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 # After draining, only the last bytes of finished answers are left to send.
 FLUSH_TIMEOUT_S = 5
+CLOSE_TIMEOUT_S = 3
 POLL_INTERVAL_S = 0.05
 
 
@@ -40,29 +42,33 @@ def serve(
 
     Raises:
         ConfigError: the port cannot be had.
+        TokenizerError: the chat template cannot be used.
         Exception: whatever `build` raised.
     """
+    if config.chat_template is not None:
+        load_chat_template(config.chat_template)  # a mistake is told before the model is loaded
     sockets = listen(config.host, config.port)
     try:
         engine = AsyncEngine(build, progress=progress)
         try:
             asyncio.run(_serve(engine, config, sockets))
         finally:
-            has_ended = engine.close()
+            has_ended = engine.close(CLOSE_TIMEOUT_S)
     finally:
         for sock in sockets:
             sock.close()
+    code = 0 if engine.error is None else 1
     if not has_ended:
-        # A model is being loaded or compiled. Python cannot end that thread, and ending the
-        # interpreter around it can crash, which would hide the clean exit.
-        logger.info("stopped while the model was loading")
+        # A model is being loaded or compiled. Python cannot end such a thread, and ending the
+        # interpreter around it can crash, which would hide the exit code.
+        logger.info("stopped without waiting for a compilation or for the model to load")
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
     if engine.error is not None and not engine.was_started:
         raise engine.error
-    return 0 if engine.error is None else 1
+    return code
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

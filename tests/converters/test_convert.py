@@ -386,6 +386,8 @@ def test_unknown_formats_and_dtypes_are_refused(source: Path, goals: Path) -> No
         convert(source, goals / "out", "gguf")
     with pytest.raises(CheckpointError, match=r"--dtype int8 is not known.*float32, bfloat16"):
         convert(source, goals / "out", "hf", dtype="int8")
+    with pytest.raises(CheckpointError, match="--max-shard-bytes is 0"):
+        convert(source, goals / "out", "hf", max_shard_bytes=0)
     assert not list(goals.iterdir())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -39,11 +40,10 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def scratch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A folder on sys.path whose modules, and what they register, are gone after the test."""
-    before, modules = dict(ModelRegistry.models), set(sys.modules)
+    modules = set(sys.modules)
+    monkeypatch.setattr(ModelRegistry, "_models", dict(ModelRegistry.models))
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    ModelRegistry.models.clear()
-    ModelRegistry.models.update(before)
     for name in set(sys.modules) - modules:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -148,13 +148,19 @@ def test_broken_entry_point_is_named(scratch: Path, monkeypatch: pytest.MonkeyPa
         assert "fake-plugin" in str(error.value)
 
 
-def test_assignment_before_the_first_look_up_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    discover_again(monkeypatch)
-    mine = outside_family("LlamaForCausalLM")
-    ModelRegistry.models["LlamaForCausalLM"] = mine
-    assert get_family("LlamaForCausalLM") is mine
-    assert get_family("MistralForCausalLM").name == "mistral"
-    assert mine in list_families()
+def test_assignment_before_the_first_look_up_stays() -> None:
+    code = (
+        "from model_defs.registry import Family, ModelRegistry, get_family, list_families\n"
+        "mine = Family('mine', ('LlamaForCausalLM',), build=None, weights=())\n"
+        "ModelRegistry.models['LlamaForCausalLM'] = mine\n"
+        "assert get_family('MistralForCausalLM').name == 'mistral'\n"
+        "assert get_family('LlamaForCausalLM') is mine\n"
+        "assert mine in list_families()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=README.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_family_may_serve_two_architectures() -> None:

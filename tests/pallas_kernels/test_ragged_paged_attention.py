@@ -146,18 +146,18 @@ def test_chunks_and_single_tokens_equal_one_prefill():
     whole = replace(SMALL, rows=((20, 20),), page_size=4)
     q, k, v, cache, kv_lens, page_table, query_starts, _ = whole.arguments()
     wanted, wanted_cache = run(whole, whole.arguments())
+    call = jax.jit(lambda *arrays: ragged_paged_attention(*arrays, **whole.options()))
     start = 0
     for num_new in (7, 1, 9, 1, 1, 1):
         window = slice(start, start + num_new)
         single = int(num_new == 1)
-        out, cache = ragged_paged_attention(
+        out, cache = call(
             *(x[window] for x in (q, k, v)),
             cache,
             kv_lens.at[0].set(start + num_new),
             page_table,
             query_starts.at[1:].set(num_new),
             jnp.array([single, 1, 1], jnp.int32),
-            **whole.options(),
         )
         np.testing.assert_allclose(out, wanted[window], atol=2e-5, rtol=0)
         start += num_new

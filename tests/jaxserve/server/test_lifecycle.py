@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ import pytest
 from jaxserve.config import ConfigError, ServerConfig
 from jaxserve.engine.async_engine import StartupProgress
 from jaxserve.server.lifecycle import listen, serve
+from jaxserve.tokenizer import TokenizerError
 
 pytestmark = pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals need the main thread"
@@ -124,7 +127,7 @@ def test_requests_that_take_too_long_are_aborted(
     user: ThreadPoolExecutor, config: ServerConfig, fake: Any
 ) -> None:
     fake.step_s = 0.05
-    config = ServerConfig(port=config.port, served_model_name="tiny", drain_timeout_s=0.2)
+    config = dataclasses.replace(config, drain_timeout_s=0.2)
 
     def script(port: int) -> Any:
         until(lambda: state(port) == "ready")
@@ -179,6 +182,18 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(config: ServerConfig) -
     (sock,) = listen("127.0.0.1", config.port)
     with sock, pytest.raises(ConfigError, match=f"--port {config.port}"):
         serve(build, config)
+
+
+def test_a_wrong_chat_template_is_told_before_anything_is_loaded(
+    config: ServerConfig, tmp_path: Path
+) -> None:
+    def build(progress: StartupProgress) -> Any:
+        raise AssertionError("must not be called")
+
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for", "utf-8")
+    with pytest.raises(TokenizerError, match="--chat-template"):
+        serve(build, dataclasses.replace(config, chat_template=str(file)))
 
 
 def test_listening_twice_is_refused_at_once() -> None:

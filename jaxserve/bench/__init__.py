@@ -1,0 +1,1 @@
+"""Benchmarks a user can run: `jaxserve bench throughput`, `jaxserve bench step`."""
