@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.async_engine import AsyncEngine, StartupProgress
+from jaxserve.engine.async_engine import AsyncEngine, EngineUnavailable, StartupProgress
 from jaxserve.engine.engine import Engine, ModelInfo
 from jaxserve.log import ProgressDisplay
 from jaxserve.request import FinishReason, InvalidRequest, RequestOutput, SamplingParams
@@ -277,6 +277,9 @@ class LLM:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in our own loop; an interrupt of the caller cancels it."""
+        if self._loop.is_closed():
+            work.close()
+            raise EngineUnavailable("this LLM was closed; make a new one.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

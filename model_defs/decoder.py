@@ -35,12 +35,12 @@ class Norms:
     post_ffn: RMSNorm | None = None
 
 
-def PreNorm(norm: RMSNorm) -> Norms:  # noqa: N802 - reads as the variant it makes
+def PreNorm(norm: RMSNorm) -> Norms:
     """A norm before each branch."""
     return Norms(pre_mixer=norm, pre_ffn=norm)
 
 
-def SandwichNorm(norm: RMSNorm) -> Norms:  # noqa: N802
+def SandwichNorm(norm: RMSNorm) -> Norms:
     """A norm before and after each branch."""
     return Norms(norm, norm, norm, norm)
 
@@ -150,14 +150,10 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         return self.rules.constrain(x, "tokens", None)
 
-    def __call__(
-        self, batch: ForwardBatch, caches: Caches
-    ) -> tuple[Float[Array, "T D"], Caches]:
+    def __call__(self, batch: ForwardBatch, caches: Caches) -> tuple[Float[Array, "T D"], Caches]:
         """Hidden states after the final norm, and the caches with the step's tokens written."""
-        new_caches = []
-        for x, cache in self.layer_outputs(batch, caches):
-            new_caches.append(cache)
-        return self.norm(x), tuple(new_caches)
+        outputs, new_caches = zip(*self.layer_outputs(batch, caches), strict=True)
+        return self.norm(outputs[-1]), new_caches
 
     def layer_outputs(
         self, batch: ForwardBatch, caches: Caches

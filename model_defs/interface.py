@@ -1,4 +1,4 @@
-"""The contract between a model and whoever runs it: what a step gives and what a layer must offer."""
+"""The contract between a model and whoever runs it: what a step gives, what a layer must offer."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ def phi3_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     return (
         *HF_LLAMA,
         Split(
-            "qkv_proj", ("q_proj", "k_proj", "v_proj"), (heads * dim, kv_heads * dim, kv_heads * dim)
+            "qkv_proj",
+            ("q_proj", "k_proj", "v_proj"),
+            (heads * dim, kv_heads * dim, kv_heads * dim),
         ),
         Split("gate_up_proj", ("gate_proj", "up_proj"), (width, width)),
         *tied_head(cfg),
@@ -30,7 +32,11 @@ def phi3_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 @register(
     "Phi3ForCausalLM",
     weights=phi3_weights,
-    examples=("microsoft/Phi-3.5-mini-instruct", "microsoft/phi-4", "microsoft/Phi-4-mini-instruct"),
+    examples=(
+        "microsoft/Phi-3.5-mini-instruct",
+        "microsoft/phi-4",
+        "microsoft/Phi-4-mini-instruct",
+    ),
     tiny=(
         TINY,
         {

@@ -131,7 +131,16 @@ class Rule(Protocol):
 
 
 def _renamed(tensors: Tensors, pattern: str, new: str) -> Tensors:
-    return {re.sub(pattern, new, name): expr for name, expr in tensors.items()}
+    out: Tensors = {}
+    for name, expr in tensors.items():
+        renamed = re.sub(pattern, new, name)
+        if renamed in out:
+            raise WeightPlanError(
+                f"{renamed} is both {out[renamed]} and {expr}. The checkpoint holds a tensor twice, "
+                f"or a rule of the family gives two tensors one name."
+            )
+        out[renamed] = expr
+    return out
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from model_defs.layers.rope import Rope
 from model_defs.sharding import DATA, Axis, head_layout
 from pallas_kernels.ragged_paged_attention import cache_axes, ragged_paged_attention
 
-
 # Traced once per shape and set of options, not once per layer: tracing is most of a warm start.
 _attend = jax.jit(
     ragged_paged_attention, static_argnames=("scale", "window", "softcap", "implementation")

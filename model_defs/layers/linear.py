@@ -131,9 +131,7 @@ def vector(ctx: BuildContext, weight: Weight) -> Placed:
     def make(index: tuple[slice, ...], read: ReadTensor) -> np.ndarray:
         return gather(weight, [m[i] for m, i in zip(maps, index, strict=True)], read)
 
-    return Placed(
-        (weight,), tuple(map(len, maps)), tuple(dim[0].name for dim in weight.dims), make
-    )
+    return Placed((weight,), tuple(map(len, maps)), tuple(dim[0].name for dim in weight.dims), make)
 
 
 def _columns(ctx: BuildContext, weights: Sequence[Weight]) -> tuple[int, list[np.ndarray]]:
@@ -154,7 +152,10 @@ def place_matrix(ctx: BuildContext, weights: Sequence[Weight]) -> Placed:
     def make(index: tuple[slice, ...], read: ReadTensor) -> np.ndarray:
         blocks = [
             np.concatenate(
-                [gather(w, [c[s], rows[index[0]]], read) for w, c in zip(weights, columns)]
+                [
+                    gather(w, [c[s], rows[index[0]]], read)
+                    for w, c in zip(weights, columns, strict=True)
+                ]
             ).T
             for s in range(*index[1].indices(shards))
         ]
@@ -172,7 +173,7 @@ def place_bias(ctx: BuildContext, weights: Sequence[Weight]) -> Placed:
 
     def make(index: tuple[slice, ...], read: ReadTensor) -> np.ndarray:
         blocks = [
-            np.concatenate([gather(w, [c[s]], read) for w, c in zip(weights, columns)])
+            np.concatenate([gather(w, [c[s]], read) for w, c in zip(weights, columns, strict=True)])
             for s in range(*index[0].indices(shards))
         ]
         return np.stack(blocks)[:, index[1]]

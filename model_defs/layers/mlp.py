@@ -47,7 +47,7 @@ class MLPModule(nnx.Module):
         ffn = Axis("ffn", spec.width)
         pair = ("gate_proj", "up_proj")
         self.gate_up = Linear(
-            ctx, {name: (ffn,) for name in pair}, (embed,), bias=pair if spec.bias else ()
+            ctx, dict.fromkeys(pair, (ffn,)), (embed,), bias=pair if spec.bias else ()
         )
         self.down = Linear(
             ctx, {"down_proj": (embed,)}, (ffn,), bias=("down_proj",) if spec.bias else ()

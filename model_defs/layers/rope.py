@@ -39,7 +39,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Long wavelengths slowed by `factor`, short ones kept, a ramp between (Llama 3.1 model card)."""
+    """Long wavelengths slowed by `factor`, short ones kept, a ramp between (Llama 3.1)."""
 
     factor: float
     low_freq_factor: float

@@ -200,8 +200,10 @@ def test_every_keyword_is_a_field_of_the_config() -> None:
 
 
 def test_closing_twice_is_safe(model: str) -> None:
-    llm = LLM(model, device="cpu", max_running_requests=1, show_progress=False)
+    llm = LLM(
+        model, device="cpu", max_running_requests=1, chunked_prefill_size=32, show_progress=False
+    )
     llm.close()
     llm.close()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="closed"):
         llm.generate("Hello", GREEDY)

@@ -261,7 +261,9 @@ def greedy(model: Model, prompts: Sequence[Sequence[int]], count: int) -> list[l
     return out
 
 
-def greedy_recomputed(model: Model, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+def greedy_recomputed(
+    model: Model, prompts: Sequence[Sequence[int]], count: int
+) -> list[list[int]]:
     """The same from scratch for every token: nothing is kept between steps."""
     known = [list(prompt) for prompt in prompts]
     for _ in range(count):

@@ -62,9 +62,7 @@ def save(model: Any, folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
 def hf_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Logits `[L, V]` of each prompt, alone and without a cache."""
     with torch.no_grad():
-        return [
-            model(torch.tensor([list(p)]), use_cache=False).logits[0].numpy() for p in prompts
-        ]
+        return [model(torch.tensor([list(p)]), use_cache=False).logits[0].numpy() for p in prompts]
 
 
 def hf_greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:

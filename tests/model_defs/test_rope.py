@@ -16,7 +16,9 @@ from model_defs.layers.rope import Linear, Llama3, LongRope, Rope, rope_from_hf
 def batch(positions: list[int], prompt_len: int = 1) -> ForwardBatch:
     where = jnp.asarray(positions, jnp.int32)
     none = jnp.zeros(1, jnp.int32)
-    attention = AttentionMetadata(none, none[None], jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32))
+    attention = AttentionMetadata(
+        none, none[None], jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32)
+    )
     return ForwardBatch(where, where, jnp.full_like(where, prompt_len), attention, none)
 
 
@@ -58,9 +60,7 @@ def test_partial_rope_leaves_the_rest_alone() -> None:
 def test_scores_depend_on_the_distance_only() -> None:
     rope = Rope(500.0, 16)
     q, k = heads(1, 16), heads(2, 16)[1:]
-    scores = [
-        (rotate(rope, q, [p + 5]) * rotate(rope, k, [p])).sum(-1) for p in (0, 3, 50)
-    ]
+    scores = [(rotate(rope, q, [p + 5]) * rotate(rope, k, [p])).sum(-1) for p in (0, 3, 50)]
     np.testing.assert_allclose(scores[1], scores[0], atol=1e-4)
     np.testing.assert_allclose(scores[2], scores[0], atol=1e-4)
 

@@ -109,7 +109,7 @@ def test_canonical_shapes_do_not_depend_on_the_mesh(tp_size: int) -> None:
 def test_a_shard_reads_its_part_only(tp_size: int) -> None:
     module = get_family("LlamaForCausalLM").spec(CONFIG).build(harness.context(1, tp_size))
     shapes = canonical_shapes(module)
-    elements = {name: 0 for name in shapes}
+    elements = dict.fromkeys(shapes, 0)
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         box = tuple(len(range(*i.indices(n))) for i, n in zip(index, shapes[name], strict=True))

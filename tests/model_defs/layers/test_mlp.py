@@ -1,0 +1,43 @@
+"""Feed-forward networks against their formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from model_defs.hf_config import UnsupportedConfig
+from model_defs.layers.mlp import MLP
+from model_defs.sharding import Axis
+
+from .fill import built
+
+FORMULAS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_pytorch_tanh": lambda x: (
+        0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+}
+
+
+@pytest.mark.parametrize("tp_size", [1, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("act", FORMULAS)
+def test_mlp_is_its_formula(act: str, bias: bool, tp_size: int) -> None:
+    x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    # 10 does not divide over 4 shards.
+    mlp, w = built(lambda ctx: MLP(10, act, bias).build(ctx, Axis("embed", 6)), tp_size=tp_size)
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + (w[f"{name}.bias"] if bias else 0)
+
+    inner = FORMULAS[act](linear("gate_proj", x)) * linear("up_proj", x)
+    np.testing.assert_allclose(mlp(x), linear("down_proj", inner), atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_activation_lists_the_known_ones() -> None:
+    with pytest.raises(UnsupportedConfig, match="'mish'.*silu"):
+        MLP(10, "mish")
