@@ -152,8 +152,8 @@ class Decoder(nnx.Module):
 
     def __call__(self, batch: ForwardBatch, caches: Caches) -> tuple[Float[Array, "T D"], Caches]:
         """Hidden states after the final norm, and the caches with the step's tokens written."""
-        outputs, new_caches = zip(*self.layer_outputs(batch, caches), strict=True)
-        return self.norm(outputs[-1]), new_caches
+        outputs = list(self.layer_outputs(batch, caches))
+        return self.norm(outputs[-1][0]), tuple(cache for _, cache in outputs)
 
     def layer_outputs(
         self, batch: ForwardBatch, caches: Caches

@@ -7,8 +7,9 @@ axis, and how an axis that does not divide evenly is padded or replicated so tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -123,7 +124,7 @@ class ShardingRules:
         return -(-axis.size // shards) * shards
 
 
-def make_mesh(dp_size: int, tp_size: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(dp_size: int, tp_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, tensor) mesh over the first `dp_size * tp_size` devices.
 
     Raises:

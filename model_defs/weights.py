@@ -136,8 +136,8 @@ def _renamed(tensors: Tensors, pattern: str, new: str) -> Tensors:
         renamed = re.sub(pattern, new, name)
         if renamed in out:
             raise WeightPlanError(
-                f"{renamed} is both {out[renamed]} and {expr}. The checkpoint holds a tensor twice, "
-                f"or a rule of the family gives two tensors one name."
+                f"{renamed} is both {out[renamed]} and {expr}. The checkpoint holds it twice, "
+                f"or the family's rules give two tensors one name."
             )
         out[renamed] = expr
     return out
@@ -211,10 +211,9 @@ class Split:
         out: Tensors = {}
         for name, expr in tensors.items():
             match = re.match(r"^(.*\.)?([^.]+)\.([^.]+)$", name)
-            part = match[2] if match else None
-            if part not in self.into:
+            if match is None or match[2] not in self.into:
                 out[name] = expr
-            elif part == self.into[0]:
+            elif match[2] == self.into[0]:
                 prefix, leaf = match[1] or "", match[3]
                 parts = tuple(tensors[f"{prefix}{p}.{leaf}"] for p in self.into)
                 out[f"{prefix}{self.hf}.{leaf}"] = Join(parts)

@@ -60,29 +60,28 @@ class StepEngine(Protocol):
 
 
 class StartupProgress:
-    """What the engine is doing before it is ready; written by it, read by /health.
+    """How far loading and compiling are; written by the engine's threads, read by /health.
 
     Calling it fits `converters.interface.Progress`; each call is passed on to `display`.
     """
 
     def __init__(self, display: Callable[[str, int, int], None] | None = None) -> None:
         self._display = display
-        self._latest: tuple[str, int, int] | None = None
+        self._stages: dict[str, tuple[int, int]] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        self._latest = (what, done, total)
+        self._stages[what] = (done, total)
         if self._display is not None:
             self._display(what, done, total)
 
     @property
     def is_compiling(self) -> bool:
-        return self._latest is not None and "compil" in self._latest[0].lower()
+        return any("compil" in s["stage"] and s["done"] < s["total"] for s in self.describe())
 
-    def describe(self) -> dict[str, Any] | None:
-        """Return the latest stage as {"stage", "done", "total"}, or None before the first."""
-        if self._latest is None:
-            return None
-        return dict(zip(("stage", "done", "total"), self._latest, strict=True))
+    def describe(self) -> list[dict[str, Any]]:
+        """Return each stage so far as {"stage", "done", "total"}; `total` is 0 while unknown."""
+        stages = list(self._stages.items())
+        return [{"stage": what, "done": done, "total": total} for what, (done, total) in stages]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ class Bucket:
 def make_buckets(max_tokens: int, max_rows: int) -> tuple[Bucket, ...]:
     """Return the buckets to compile, in ascending order; the last one holds every batch.
 
-    Decode buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for powers of
-    two up to max_tokens. Every one is a compile, and a row costs a chunk's step little: only its
-    last token's logits.
+    Decode buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for powers
+    of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little: only
+    its last token's logits.
 
     Raises:
         ValueError: the maxima are not 1 <= max_rows <= max_tokens.

@@ -9,11 +9,14 @@ import pydantic
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from jaxserve.engine.async_engine import ContextLengthExceeded, EngineUnavailable
 from jaxserve.request import InvalidRequest
 
 logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, for the log: nobody reads this answer
 
 
 class APIError(Exception):
@@ -62,6 +65,8 @@ def to_api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, ContextLengthExceeded):
         return bad_request(str(error), code="context_length_exceeded")
+    if isinstance(error, ClientDisconnect):
+        return APIError(CLIENT_CLOSED_REQUEST, "the client hung up while it sent its request.")
     if isinstance(error, InvalidRequest):
         return bad_request(str(error))
     if isinstance(error, EngineUnavailable):
@@ -93,7 +98,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return response
 
     app.add_exception_handler(HTTPException, on_http_error)
-    for kind in (APIError, EngineUnavailable, ValueError):
+    for kind in (APIError, ClientDisconnect, EngineUnavailable, ValueError):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(Exception, on_error)
 

@@ -14,12 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from jaxserve.engine.async_engine import RequestStream
 from jaxserve.request import RequestOutput
-from jaxserve.server.errors import to_api_error
+from jaxserve.server.errors import CLIENT_CLOSED_REQUEST, to_api_error
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-CLIENT_CLOSED_REQUEST = 499  # nginx's status, for the log: nobody reads this answer
 
 
 def event(data: Mapping[str, Any]) -> bytes:

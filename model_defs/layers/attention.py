@@ -121,7 +121,7 @@ class GQAModule(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Cache]:
         spec = self.spec
         q, k, v = self.qkv(x)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.position is not None:
             tables = spec.position.tables(batch)

@@ -10,8 +10,8 @@ and not the pool, the page table or the bucket:
   see, from the window's start to the causal limit.
 
 A loop with nothing to do makes no trips. Pages are copied out before they are multiplied (XLA
-cannot multiply in place through a page table), so a trip takes few enough to
-stay in the last-level cache.
+cannot multiply in place through a page table), so a trip takes few enough to stay in the
+last-level cache.
 """
 
 from typing import NamedTuple

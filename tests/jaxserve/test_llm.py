@@ -74,15 +74,19 @@ def model(
 
 @pytest.fixture(scope="module")
 def llm(model: str) -> Iterator[LLM]:
-    with LLM(
+    with small_llm(model) as llm:
+        yield llm
+
+
+def small_llm(model: str) -> LLM:
+    return LLM(
         model,
         device="cpu",
         page_size=8,
         max_running_requests=4,
         chunked_prefill_size=32,
         show_progress=False,
-    ) as llm:
-        yield llm
+    )
 
 
 def test_one_prompt_or_many(llm: LLM) -> None:
@@ -200,9 +204,7 @@ def test_every_keyword_is_a_field_of_the_config() -> None:
 
 
 def test_closing_twice_is_safe(model: str) -> None:
-    llm = LLM(
-        model, device="cpu", max_running_requests=1, chunked_prefill_size=32, show_progress=False
-    )
+    llm = small_llm(model)
     llm.close()
     llm.close()
     with pytest.raises(RuntimeError, match="closed"):

@@ -48,7 +48,7 @@ class Model:
 
 
 def context(dp_size: int = 1, tp_size: int = 1, dtype: Any = np.float32) -> BuildContext:
-    """Return where to build: a mesh over the first virtual devices, weights and cache in `dtype`."""
+    """Return where to build: a mesh over the first devices, weights and cache in `dtype`."""
     mesh = make_mesh(dp_size, tp_size, jax.devices("cpu"))
     return BuildContext(ShardingRules(mesh), np.dtype(dtype), np.dtype(dtype))
 

@@ -101,8 +101,8 @@ def worst(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """The largest difference, in standard deviations of the reference's logits."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
-    scale = np.concatenate(list(theirs)).std()
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)) / scale
+    largest = max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True))
+    return float(largest / np.concatenate(list(theirs)).std())
 
 
 # ---- numbers ---------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ class Golden:
         lengths = arrays["lengths"]
         config = json.loads((folder / "config.json").read_text())
         self.model = harness.load(config, load_file(folder / "model.safetensors"))
-        self.prompts = [row[:n].tolist() for row, n in zip(arrays["input_ids"], lengths)]
-        self.logits = [rows[:n] for rows, n in zip(arrays["logits"], lengths)]
+        self.prompts = [
+            row[:n].tolist() for row, n in zip(arrays["input_ids"], lengths, strict=True)
+        ]
+        self.logits = [rows[:n] for rows, n in zip(arrays["logits"], lengths, strict=True)]
         self.greedy = arrays["greedy"].tolist()
         self.greedy_cached = arrays.get("greedy_cached", arrays["greedy"]).tolist()
 

@@ -18,7 +18,7 @@ def test_reading_a_key_gives_its_value() -> None:
 
 
 def test_missing_key_is_named_with_the_architecture() -> None:
-    with pytest.raises(UnsupportedConfig, match="TestForCausalLM.*'hidden_size'"):
+    with pytest.raises(UnsupportedConfig, match=r"TestForCausalLM.*'hidden_size'"):
         config()["hidden_size"]
 
 

@@ -173,7 +173,7 @@ def test_longrope_magnitude_follows_from_the_lengths(fields: dict) -> None:
 
 def test_longrope_with_too_few_factors_is_refused() -> None:
     scaling = {"type": "longrope", "short_factor": [1.0] * 7, "long_factor": [2.0] * 8}
-    with pytest.raises(UnsupportedConfig, match="7 short and 8 long.*needs 8"):
+    with pytest.raises(UnsupportedConfig, match=r"7 short and 8 long.*needs 8"):
         read(rope_scaling=scaling)
 
 

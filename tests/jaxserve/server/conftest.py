@@ -57,11 +57,13 @@ class FakeEngine:
         self.added: list[tuple[list[int], SamplingParams, str]] = []
         self.aborted: list[str] = []
         self.num_steps = 0
+        self.num_asked = 0  # how often the step thread looked for work
         self.is_closed = False
         self._running: dict[str, tuple[Request, list[int]]] = {}
 
     @property
     def has_work(self) -> bool:
+        self.num_asked += 1
         return bool(self._running)
 
     def add(

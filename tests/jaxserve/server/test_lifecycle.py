@@ -163,7 +163,7 @@ def test_health_answers_while_the_model_loads(
     assert code == 0
     assert told == (
         503,
-        {"state": "compiling", "progress": {"stage": "compiling", "done": 2, "total": 5}},
+        {"state": "compiling", "progress": [{"stage": "compiling", "done": 2, "total": 5}]},
     )
 
 

@@ -211,12 +211,13 @@ async def test_health_tells_what_start_up_does(
 
     engine = AsyncEngine(build)
     async with make_client(engine, config) as client:
-        while (health := await client.get("/health")).json()["progress"] is None:
+        while not (await client.get("/health")).json()["progress"]:
             await asyncio.sleep(0.01)
+        health = await client.get("/health")
         assert health.status_code == 503
         assert health.json() == {
             "state": "starting",
-            "progress": {"stage": "loading weights", "done": 3, "total": 7},
+            "progress": [{"stage": "loading weights", "done": 3, "total": 7}],
         }
         engine.progress("compiling", 1, 9)
         assert (await client.get("/health")).json()["state"] == "compiling"

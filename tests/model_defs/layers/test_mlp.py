@@ -39,5 +39,5 @@ def test_mlp_is_its_formula(act: str, bias: bool, tp_size: int) -> None:
 
 
 def test_unknown_activation_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedConfig, match="'mish'.*silu"):
+    with pytest.raises(UnsupportedConfig, match=r"'mish'.*silu"):
         MLP(10, "mish")

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from jaxserve.scheduler.buckets import Bucket, choose, make_buckets
+
+SIZES = [(1, 1), (8, 8), (16, 4), (64, 64), (100, 24), (512, 64), (2048, 1), (4096, 256)]
+
+
+@pytest.mark.parametrize(("max_tokens", "max_rows"), SIZES)
+def test_every_batch_up_to_the_maxima_has_a_bucket(max_tokens: int, max_rows: int) -> None:
+    buckets = make_buckets(max_tokens, max_rows)
+    for num_rows in range(1, max_rows + 1):
+        for num_tokens in {num_rows, (num_rows + max_tokens) // 2, max_tokens}:
+            bucket = choose(buckets, num_tokens, num_rows)
+            assert bucket.tokens >= num_tokens
+            assert bucket.rows >= num_rows
+
+
+@pytest.mark.parametrize(("max_tokens", "max_rows"), SIZES)
+def test_the_last_bucket_is_the_largest_possible_batch(max_tokens: int, max_rows: int) -> None:
+    buckets = make_buckets(max_tokens, max_rows)
+    assert buckets[-1] == Bucket(max_tokens, max_rows)
+    assert list(buckets) == sorted(set(buckets))
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 24, 64, 256])
+def test_decode_rows_pad_to_less_than_twice_their_number(max_rows: int) -> None:
+    buckets = make_buckets(4096, max_rows)
+    for num_rows in range(1, max_rows + 1):
+        bucket = choose(buckets, num_rows, num_rows)
+        assert bucket.tokens == bucket.rows < 2 * num_rows
+
+
+def test_long_chunks_pad_to_less_than_twice_their_tokens() -> None:
+    buckets = make_buckets(4096, 256)
+    for num_tokens in range(512, 4097, 31):
+        assert choose(buckets, num_tokens, 1).tokens < 2 * num_tokens
+
+
+def test_there_are_few_buckets_because_each_is_a_compile() -> None:
+    assert len(make_buckets(512, 64)) <= 16
+    assert len(make_buckets(8192, 256)) <= 20
+
+
+def test_tokens_cost_more_than_rows() -> None:
+    buckets = (Bucket(16, 4), Bucket(16, 8), Bucket(32, 1))
+    assert choose(buckets, 10, 1) == Bucket(16, 4)
+    assert choose(buckets, 10, 5) == Bucket(16, 8)
+    assert choose(buckets, 17, 1) == Bucket(32, 1)
+
+
+def test_no_bucket_fits() -> None:
+    with pytest.raises(ValueError, match="no bucket holds 40 tokens in 2 rows"):
+        choose((Bucket(32, 2),), 40, 2)
+    with pytest.raises(ValueError, match="no bucket holds"):
+        choose((), 1, 1)
+
+
+@pytest.mark.parametrize(("max_tokens", "max_rows"), [(4, 8), (0, 0), (8, 0)])
+def test_impossible_maxima_are_refused(max_tokens: int, max_rows: int) -> None:
+    with pytest.raises(ValueError, match=f"max_rows={max_rows} and max_tokens={max_tokens}"):
+        make_buckets(max_tokens, max_rows)
