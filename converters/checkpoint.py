@@ -4,8 +4,9 @@
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
 from converters.demo import DEMO_MODELS, demo_model_path
 from converters.errors import CheckpointError
 from converters.gguf import GGUFCheckpoint
-from converters.hf import HFCheckpoint
+from converters.hf import HFCheckpoint, read_json
 from converters.interface import Checkpoint, Index, Progress, TensorHeader
 from converters.orbax import OrbaxCheckpoint, is_orbax_folder
 
@@ -33,6 +34,7 @@ __all__ = [
     "Progress",
     "TensorHeader",
     "open_checkpoint",
+    "read_config",
 ]
 
 HUB_PATTERNS = (
@@ -125,8 +127,32 @@ def open_checkpoint(
     raise CheckpointError(_describe_unknown(path))
 
 
-def _download_from_hub(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
-    """Fetch config, tokenizer and safetensors of a hub model; return the local folder."""
+def read_config(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    download_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Read the config.json of a model, or what stands for it; weights need not be there.
+
+    Takes what `open_checkpoint` takes; of a hub model only config.json is fetched.
+    Raises CheckpointError.
+    """
+    cache_dir = None if download_dir is None else Path(download_dir).expanduser()
+    path = Path(path_or_id).expanduser()
+    if path_or_id not in DEMO_MODELS and not path.exists():
+        path = _download_from_hub(str(path_or_id), revision, cache_dir, ("config.json",))
+    if path_or_id not in DEMO_MODELS and _is_hf_folder(path) and not is_orbax_folder(path):
+        return read_json(path / "config.json")
+    return open_checkpoint(path_or_id, revision, cache_dir).config
+
+
+def _download_from_hub(
+    repo_id: str,
+    revision: str | None,
+    cache_dir: Path | None,
+    patterns: Sequence[str] = HUB_PATTERNS,
+) -> Path:
+    """Fetch the files of a hub model that match `patterns`; return the local folder."""
     if not HUB_ID.fullmatch(repo_id) or repo_id.startswith("."):
         demos = ", ".join(DEMO_MODELS)
         raise CheckpointError(
@@ -140,7 +166,7 @@ def _download_from_hub(repo_id: str, revision: str | None, cache_dir: Path | Non
                 repo_id,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=list(HUB_PATTERNS),
+                allow_patterns=list(patterns),
                 ignore_patterns=list(HUB_IGNORED),
             )
         )

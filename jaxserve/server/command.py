@@ -8,16 +8,22 @@ import importlib
 import logging
 import socket
 
-from jaxserve.config import ConfigError, EngineConfig, ServerConfig, add_flags, from_args
+from jaxserve.config import (
+    ConfigError,
+    EngineConfig,
+    ServerConfig,
+    add_flags,
+    add_model,
+    from_args,
+    take_model,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model as a positional, and every flag of the engine and the server."""
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="the model; the same as --model-path MODEL"
-    )
+    add_model(parser)
     add_flags(parser, EngineConfig)
     add_flags(parser, ServerConfig)
 
@@ -28,15 +34,7 @@ def run(args: argparse.Namespace) -> int:
     Raises ConfigError for settings that cannot work and for a port that cannot be had, before
     anything heavy is imported or loaded.
     """
-    if args.model is not None:
-        if args.model_path not in (None, args.model):
-            raise ConfigError(
-                f"two models were given: {args.model!r} and --model-path {args.model_path!r}; "
-                "give one"
-            )
-        args.model_path = args.model
-    if args.model_path is None:
-        raise ConfigError("no model was given; name one: jaxserve serve MODEL, or --model-path")
+    take_model(args, "serve")
     engine_config = from_args(EngineConfig, args)
     server_config = from_args(ServerConfig, args)
     if server_config.trust_remote_code:

@@ -88,7 +88,13 @@ def load(
     return Model(spec, module, ctx.rules, weight_plan, graphdef, nnx.from_flat_state(flat))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+# Compiling takes longer than running here, so the compiler is told not to try hard.
+@partial(
+    jax.jit,
+    static_argnums=0,
+    donate_argnums=2,
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 def _step(graphdef, params, caches, batch: ForwardBatch):
     """Return logits of every token `[T, V]`, logits at `sample_at` `[R, V]` and the new caches."""
     model = nnx.merge(graphdef, params)

@@ -42,7 +42,7 @@ class FakeModelInfo:
 class FakeEngine:
     """Answers REPLY and an end token; a prompt with "say:" gets back what follows it.
 
-    `gate` stops the steps while it is cleared; `step_s` is how long one takes; `crash` makes the
+    While `gate` is cleared, steps give no tokens; `step_s` is how long one takes; `crash` makes the
     next one fail; `refusal` makes the next `add` fail.
     """
 
@@ -89,7 +89,8 @@ class FakeEngine:
         return self._running.pop(request_id, None) is not None
 
     def step(self) -> list[Request]:
-        self.gate.wait(TIMEOUT_S)
+        if not self.gate.wait(0.002):
+            return []
         time.sleep(self.step_s)
         if self.crash:
             raise RuntimeError("the device caught fire")

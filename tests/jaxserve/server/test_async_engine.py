@@ -158,17 +158,14 @@ async def test_a_crash_fails_every_stream(
     engine: AsyncEngine, fake: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.gate.clear()
-    streams = [await engine.submit(PROMPT, ENDLESS, "first")]
-    waiting = asyncio.create_task(engine.submit(PROMPT, ENDLESS, "second"))
-    await until(lambda: engine.num_active == 2)
+    streams = [await engine.submit(PROMPT, ENDLESS, f"r{i}") for i in range(3)]
     fake.crash = True
     fake.gate.set()
-    with pytest.raises(EngineDead, match="fire"):
-        await anext(streams[0])
-    with pytest.raises(EngineDead, match="fire"):
-        await waiting
+    for stream in streams:
+        with pytest.raises(EngineDead, match="fire"):
+            await anext(stream)
     assert engine.state == "dead"
-    assert fake.is_closed
+    await until(lambda: fake.is_closed)
     with pytest.raises(EngineDead, match="fire"):
         await engine.submit(PROMPT, ENDLESS, "third")
     assert "caught fire" in caplog.text

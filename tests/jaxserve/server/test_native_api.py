@@ -251,5 +251,5 @@ async def test_a_crash_fails_what_runs_and_turns_health_red(
     assert (health.status_code, health.json()["state"]) == (503, "dead")
     assert "fire" in health.json()["error"]
     assert (await client.post("/generate", json={"text": "x"})).status_code == 503
-    assert fake.is_closed
+    await until(lambda: fake.is_closed)
     assert "the engine failed" in caplog.text

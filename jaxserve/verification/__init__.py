@@ -1,0 +1,1 @@
+"""Is a model's output right? Comparison with Hugging Face transformers or with stored outputs."""
