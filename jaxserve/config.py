@@ -95,7 +95,7 @@ class EngineConfig:
     )
     compile_cache_bytes: int = setting(8 * 2**30, "size at which old compiled steps are dropped")
     skip_background_compile: bool = setting(
-        False, "compile a batch shape when it is first needed instead of ahead of time"
+        False, "serve with the largest batch shape alone: every step pays for a full one"
     )
 
     def __post_init__(self) -> None:

@@ -38,7 +38,14 @@ logger = logging.getLogger(__name__)
 VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 # Config keys that do not change what a model computes.
-_BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+_BOOKKEEPING = (
+    "_model_name_or_path",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +157,12 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
-        elif key not in _BOOKKEEPING and not key.endswith("_token_id"):
-            yield prefix + key, value
+        elif key not in _BOOKKEEPING and not str(key).endswith("_token_id"):
+            yield f"{prefix}{key}", value
 
 
 @torch.inference_mode()

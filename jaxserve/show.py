@@ -67,7 +67,7 @@ def description(config: Mapping[str, Any], dtype: str = "auto") -> list[str]:
         *describe.describe(spec),
         "",
         f"parameters    {sizes.parameters:,}",
-        f"weights       {sizes.weight_bytes / 1e9:,.3f} GB in {dtype}",
+        f"weights       {sizes.weight_bytes:,} bytes in {dtype}",
         f"KV cache      {sizes.cache_bytes:,} bytes a token in {dtype}",
     ]
 

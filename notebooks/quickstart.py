@@ -128,7 +128,7 @@ figure, (top, bottom) = plt.subplots(
 top.imshow(owner, cmap=colours, vmin=-1, vmax=3, aspect="auto")
 top.set(title=f"tokens of one step: {token} live, {step.bucket.tokens - token} padding", yticks=[])
 bottom.imshow(seen, cmap=colours, vmin=-1, vmax=3, aspect="auto", interpolation="nearest")
-bottom.set(title="attention", xlabel="keys in the pages of each request", ylabel="token of the step")
+bottom.set(title="attention", xlabel="keys in each request's pages", ylabel="token of the step")
 start = 0
 for row in rows:
     length = row.start + row.num_new

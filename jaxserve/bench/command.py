@@ -6,10 +6,10 @@ Every result is a row of a table and one JSON line that names device, versions, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import sys
 
-from jaxserve.config import EngineConfig, add_flags, from_args
+from jaxserve.config import EngineConfig, add_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,28 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one benchmark; prints a table to standard error and JSON lines to standard output."""
-    if args.kind == "host":
-        from jaxserve.bench.host import run_host
-
-        results = run_host(args.rows, args.repeats)
-    elif args.kind == "step":
-        from jaxserve.bench.step import run_step
-
-        results = run_step(from_args(EngineConfig, args), args.rows, args.context, args.repeats)
-    else:
-        from jaxserve.bench.throughput import run_throughput
-
-        results = run_throughput(
-            from_args(EngineConfig, args),
-            with_hf=args.hf,
-            repeats=args.repeats,
-            output_tokens=args.output_tokens,
-        )
-    from jaxserve.bench.report import environment, table
-
-    facts = environment()
-    table(results)
+    kind = importlib.import_module(f"jaxserve.bench.{args.kind}")  # these load JAX
+    report = importlib.import_module("jaxserve.bench.report")
+    results = kind.run(args)
+    report.table(results)
+    facts = report.environment()
     for result in results:
         print(json.dumps({**result, **facts}), flush=True)
-    sys.stdout.flush()
     return 0

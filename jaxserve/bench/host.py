@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -16,9 +17,9 @@ from jaxserve.scheduler.scheduler import Scheduler
 CONTEXT, PAGE_SIZE, MODEL_LEN = 1024, 64, 4096
 
 
-def run_host(rows: list[int], repeats: int) -> list[dict[str, object]]:
-    """Median microseconds of the parts of a decode step, by rows."""
-    return [_measure(num_rows, repeats) for num_rows in rows]
+def run(args: argparse.Namespace) -> list[dict[str, object]]:
+    """`jaxserve bench host`: median microseconds of the parts of a decode step, by rows."""
+    return [_measure(num_rows, args.repeats) for num_rows in args.rows]
 
 
 def _measure(num_rows: int, repeats: int) -> dict[str, object]:

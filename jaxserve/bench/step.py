@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, from_args
 from jaxserve.engine.engine import Engine
 from jaxserve.log import ProgressDisplay
 from jaxserve.request import SamplingParams
 
 
-def run_step(
+def run(args: argparse.Namespace) -> list[dict[str, object]]:
+    """`jaxserve bench step`."""
+    return measure_steps(from_args(EngineConfig, args), args.rows, args.context, args.repeats)
+
+
+def measure_steps(
     config: EngineConfig, rows: list[int], contexts: list[int], repeats: int
 ) -> list[dict[str, object]]:
     """Median time between two steps' results while `rows` requests of `context` tokens decode."""

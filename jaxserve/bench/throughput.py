@@ -5,13 +5,14 @@ The two take turns, case by case and repeat by repeat, so that a noisy machine d
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, from_args
 from jaxserve.engine.engine import Engine
 from jaxserve.log import ProgressDisplay
 from jaxserve.request import SamplingParams
@@ -43,7 +44,17 @@ def cases(output_tokens: int) -> tuple[Case, ...]:
     )
 
 
-def run_throughput(
+def run(args: argparse.Namespace) -> list[dict[str, object]]:
+    """`jaxserve bench throughput`."""
+    return measure_throughput(
+        from_args(EngineConfig, args),
+        with_hf=args.hf,
+        repeats=args.repeats,
+        output_tokens=args.output_tokens,
+    )
+
+
+def measure_throughput(
     config: EngineConfig, *, with_hf: bool, repeats: int, output_tokens: int
 ) -> list[dict[str, object]]:
     """Median tokens/s of every case, and the ratio to transformers where asked."""

@@ -169,6 +169,8 @@ class Engine:
         max_tokens = config.chunked_prefill_size or defaults.max_tokens_per_step
         self._max_tokens = max(max_tokens, self.runner.max_rows)
         self._all_buckets = make_buckets(self._max_tokens, self.runner.max_rows)
+        if config.skip_background_compile:
+            self._all_buckets = self._all_buckets[-1:]  # the largest; it holds every batch
         self._info = {
             "name": config.model_path,
             "architecture": checkpoint.config["architectures"][0],
@@ -205,6 +207,7 @@ class Engine:
             self.runner, rest, lambda bucket, step: self._ready.put((bucket, step)), progress
         )
         self.compiles = CompileCounter()
+        self._has_all_compiled = False
 
     def _size_pool(self, progress: Progress | None) -> tuple[int, Bucket, jax.stages.Compiled]:
         """Compile the largest bucket and size the pool from what the compiler says it needs.
@@ -280,7 +283,7 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight)
 
     def step(self) -> list[Request]:
-        """Schedule and dispatch one step, collect the one before; returns the requests it touched."""
+        """Dispatch one step, collect the one before; returns the requests that got a token."""
         self._take_compiled()
         batch = self.scheduler.schedule()
         if batch is not None:
@@ -294,12 +297,15 @@ class Engine:
         return touched
 
     def _take_compiled(self) -> None:
-        if self._ready.empty():
+        if self._has_all_compiled:
             return
-        while not self._ready.empty():
-            self.runner.install(*self._ready.get())
-        self.scheduler.set_buckets(self.runner.buckets)
-        if len(self.runner.buckets) == len(self._all_buckets):
+        is_last = self._compiler.is_done  # asked first: what comes after is taken the next time
+        if not self._ready.empty():
+            while not self._ready.empty():
+                self.runner.install(*self._ready.get())
+            self.scheduler.set_buckets(self.runner.buckets)
+        if is_last:
+            self._has_all_compiled = True
             self.compiles.reset()
 
     @property
@@ -337,14 +343,16 @@ class Engine:
             "buckets_compiled": len(self.runner.buckets),
             "buckets": len(self._all_buckets),
             "compile_s": {str(b): round(s, 3) for b, s in self.runner.compile_s.items()},
-            "compiles_after_warmup": self.compiles.count if self.is_warm else 0,
+            "compiles_after_warmup": self.compiles.count if self._has_all_compiled else 0,
         }
 
     def close(self) -> None:
-        """Stop background work; safe to call again."""
+        """Stop background work and free the device's memory; safe to call again."""
         if not self._closed:
             self._closed = True
             self._compiler.close()
+            self._in_flight.clear()
+            self.runner.close()
 
 
 def load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from converters.interface import Checkpoint, Progress
+from converters.plan import headers_of, weight_rules
 from model_defs.decoder import Decoder, DecoderSpec, canonical_shapes, placements
 from model_defs.layers.linear import BuildContext, Placed
-from model_defs.registry import family_of
 from model_defs.sharding import ShardingRules
 from model_defs.weights import WeightPlan, plan
 
@@ -29,7 +29,7 @@ class Model:
     """A model definition without data: what a step is traced from.
 
     Attributes:
-        params: one `ShapeDtypeStruct` with sharding per parameter, in the order the step takes them.
+        params: shape, dtype and sharding of each parameter, in the order the step takes them.
         merge: parameters in that order -> the NNX module.
     """
 
@@ -63,10 +63,7 @@ def build_model(
 
 def plan_weights(checkpoint: Checkpoint, module: Decoder) -> WeightPlan:
     """Match a checkpoint with a module; raises WeightPlanError listing everything that is off."""
-    headers = {n: (h.shape, str(h.dtype)) for n, h in checkpoint.headers.items()}
-    canonical = getattr(checkpoint, "canonical", False)
-    rules = () if canonical else family_of(checkpoint.config).rules(checkpoint.config)
-    return plan(rules, headers, canonical_shapes(module))
+    return plan(weight_rules(checkpoint), headers_of(checkpoint), canonical_shapes(module))
 
 
 def load_params(

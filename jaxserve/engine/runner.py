@@ -61,6 +61,7 @@ class Runner:
         )
         self._steps: dict[Bucket, Callable] = {}
         self._layouts: dict[Bucket, StepLayout] = {}
+        self._caches: tuple[jax.Array, ...] = ()
         self.compile_s: dict[Bucket, float] = {}
 
     @property
@@ -115,9 +116,7 @@ class Runner:
         """Create the caches: `num_pages` pages on each rank."""
         self.num_pages = num_pages
         specs = self.model.module.cache_specs
-        self._caches = allocate(
-            cache_structs(specs, self.model.rules, num_pages, self.page_size)
-        )
+        self._caches = allocate(cache_structs(specs, self.model.rules, num_pages, self.page_size))
         self._last_tokens = jax.device_put(
             np.zeros((self.num_ranks, self.max_rows), np.int32), self._by_rank
         )
@@ -135,6 +134,12 @@ class Runner:
         """Wait for a step's tokens: per rank, one per scheduled row."""
         sampled = np.asarray(step.sampled).tolist()
         return [row[: len(rank)] for row, rank in zip(sampled, step.batch.ranks, strict=True)]
+
+    def close(self) -> None:
+        """Free the arrays on the device; nothing can be dispatched afterwards."""
+        for array in (*self.params, *self._caches, self._last_tokens):
+            array.delete()
+        self._steps.clear()
 
     def pack(self, batch: Batch) -> np.ndarray:
         """A batch as `i32[ranks, layout.size]`."""

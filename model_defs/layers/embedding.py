@@ -55,4 +55,4 @@ class Head(nnx.Module):
         self.proj = Linear(ctx, {"lm_head": (vocab,)}, (embed,))
 
     def __call__(self, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        return self.proj(x)[0].astype(jnp.float32)
+        return self.proj(x, jnp.float32)[0]

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from model_defs.sharding import Axis, HeadLayout, ShardingRules
@@ -210,9 +211,9 @@ class Linear(nnx.Module):
         self.sizes = tuple(c.shape[1] for c in columns)
         self.tails = tuple(tuple(a.size for a in axes[1:]) for axes in out.values())
 
-    def __call__(self, x: Float[Array, "T I"]) -> tuple[Array, ...]:
-        """One `[T, *placed output axes]` array per projection."""
-        y = jnp.einsum("ti,isl->tsl", x, self.weight[...], preferred_element_type=x.dtype)
+    def __call__(self, x: Float[Array, "T I"], dtype: DTypeLike | None = None) -> tuple[Array, ...]:
+        """One `[T, *placed output axes]` array per projection, in `dtype` (default: that of x)."""
+        y = jnp.einsum("ti,isl->tsl", x, self.weight[...], preferred_element_type=dtype or x.dtype)
         if self.bias is not None:
             y = y + self.bias[...]
         parts, start = [], 0

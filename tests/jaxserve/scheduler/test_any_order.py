@@ -375,11 +375,11 @@ def test_requests_that_can_never_run_are_refused() -> None:
         simulation.add([], greedy(3))
     assert e.value.field == "prompt"
     with pytest.raises(
-        InvalidRequest, match="32 tokens, but the context is 32 .*--context-length"
+        InvalidRequest, match=r"32 tokens, but the context is 32 .*--context-length"
     ) as e:
         simulation.add([1] * 32, greedy(1))
     assert e.value.field == "prompt"
-    with pytest.raises(NoPagesLeft, match="needs up to 5 pages of 4 .* has 4.*max_tokens") as e:
+    with pytest.raises(NoPagesLeft, match=r"needs up to 5 pages of 4 .* has 4.*max_tokens") as e:
         simulation.add([1] * 16, greedy(2))
     assert e.value.field == "max_tokens"
     with pytest.raises(NoPagesLeft, match="shorten the prompt") as e:
