@@ -5,6 +5,7 @@ The server is its own process, started as a user would start it, and must end cl
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 
 from converters.demo import demo_model_path
 from jaxserve.cli import is_user_error
@@ -66,6 +68,8 @@ def run_demo(model_path: str) -> str:
     try:
         wait_until_healthy(server, f"http://{HOST}:{port}/health")
         print(f"Ready after {time.perf_counter() - started_s:.1f} s", flush=True)
+        wait_until_warm(server, f"http://{HOST}:{port}/get_server_info")
+        print(f"At full speed after {time.perf_counter() - started_s:.1f} s", flush=True)
         answer = ask(f"http://{HOST}:{port}/v1")
         stop(server)
     finally:
@@ -84,6 +88,24 @@ def free_port() -> int:
 
 def wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
     """Return once `url` answers 200; raises DemoError if the server ends or takes too long."""
+    _poll(server, url, lambda body: True, "ready")
+
+
+def wait_until_warm(server: subprocess.Popen[bytes], url: str) -> None:
+    """Return once every batch shape is compiled, as `/get_server_info` at `url` tells.
+
+    The server answers before that, in a larger shape than needed, but not at its full speed.
+    """
+
+    def is_warm(body: bytes) -> bool:
+        return json.loads(body)["stats"]["is_warm"]
+
+    _poll(server, url, is_warm, "at full speed")
+
+
+def _poll(
+    server: subprocess.Popen[bytes], url: str, is_there: Callable[[bytes], bool], what: str
+) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline_s = time.perf_counter() + START_TIMEOUT_S
     while time.perf_counter() < deadline_s:
@@ -91,12 +113,12 @@ def wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
             raise DemoError(f"the server ended while starting, with exit code {server.returncode}")
         try:
             with direct.open(url, timeout=5) as response:
-                if response.status == 200:
+                if response.status == 200 and is_there(response.read()):
                     return
         except (urllib.error.URLError, OSError):
             pass  # not listening yet, or 503 because it is still loading
         time.sleep(POLL_INTERVAL_S)
-    raise DemoError(f"the server was not ready within {START_TIMEOUT_S:.0f} s")
+    raise DemoError(f"the server was not {what} within {START_TIMEOUT_S:.0f} s")
 
 
 def ask(base_url: str) -> str:

@@ -340,7 +340,8 @@ class Engine:
         return {
             "steps": self.steps,
             "scheduler": self.scheduler.stats,
-            "buckets_compiled": len(self.runner.buckets),
+            "is_warm": self.is_warm,
+            "buckets_compiled": 1 + self._compiler.done,
             "buckets": len(self._all_buckets),
             "compile_s": {str(b): round(s, 3) for b, s in self.runner.compile_s.items()},
             "compiles_after_warmup": self.compiles.count if self._has_all_compiled else 0,
