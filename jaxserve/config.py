@@ -201,7 +201,9 @@ def take_model(namespace: argparse.Namespace, command: str) -> None:
             )
         namespace.model_path = namespace.model
     if namespace.model_path is None:
-        raise ConfigError(f"no model was given; name one: jaxserve {command} MODEL, or --model-path")
+        raise ConfigError(
+            f"no model was given; name one: jaxserve {command} MODEL, or --model-path"
+        )
 
 
 def from_args(config_class: type[ConfigT], namespace: argparse.Namespace) -> ConfigT:

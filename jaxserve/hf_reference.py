@@ -167,7 +167,7 @@ def _flat(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 @torch.inference_mode()
 def forward(model: Any, token_ids: Sequence[int]) -> Forward:
-    """Compute a text at once, without a cache; logits of every position and every layer's output."""
+    """Compute a text at once, without a cache, keeping every position's results."""
     layers: list[np.ndarray] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="hub id, folder with a config.json (weights are not needed), .gguf file, Orbax folder, "
-        "or 'demo'",
+        help="hub id, folder with a config.json (weights are not needed), .gguf file, Orbax "
+        "folder, or 'demo'",
     )
     parser.add_argument(
         "--dtype",

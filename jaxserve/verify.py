@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=_count,
         metavar="N",
-        help=f"how many of the {NUM_PROMPTS} built-in prompts, or of the stored ones (default: all)",
+        help=f"how many of the {NUM_PROMPTS} prompts, or of the stored ones (default: all)",
     )
     parser.add_argument(
         "--max-new-tokens",

@@ -6,6 +6,7 @@ The two take turns, case by case and repeat by repeat, so that a noisy machine d
 from __future__ import annotations
 
 import argparse
+import importlib
 import random
 import statistics
 import time
@@ -65,9 +66,10 @@ def measure_throughput(
             "jaxserve": lambda case, prompts: _time_engine(engine, case, prompts)
         }
         if with_hf:
-            from jaxserve.hf_reference import HFTimer
-
-            timer = HFTimer(config.model_path)
+            reference = importlib.import_module("jaxserve.hf_reference")  # it loads torch
+            timer = reference.HFTimer(
+                config.model_path, revision=config.revision, download_dir=config.download_dir
+            )
             runners["transformers"] = lambda case, prompts: timer.seconds(prompts, case.output)
         results = []
         draw = random.Random(0)

@@ -143,4 +143,3 @@ def _verdict(result: GreedyResult) -> str:
     if result.is_tie:
         return f"differs from token {result.num_equal}{known} < {TIE_MARGIN:g}: a tie, accepted"
     return f"DIFFERS from token {result.num_equal}{known}"
-

@@ -124,8 +124,8 @@ def _run_transformers(
     max_prompt = longest - options.max_new_tokens
     if max_prompt < 1:
         raise ConfigError(
-            f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in a context of "
-            f"{longest} tokens. Lower it."
+            f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in a context "
+            f"of {longest} tokens. Lower it."
         )
     count = NUM_PROMPTS if options.num_prompts is None else options.num_prompts
     prompts = make_prompts(tokenizer, max_prompt, count)

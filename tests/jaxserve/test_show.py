@@ -48,7 +48,8 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_config_alone_is_enough(config_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "show", str(config_only))
     spans = [line for line in text.splitlines() if line.startswith("layer")]
-    assert spans == ["layers 0-1 (2 equal)", "layer 2", "layers 3-4 (2 equal)", "layer 5", "layer 6"]
+    expected = ("layers 0-1 (2 equal)", "layer 2", "layers 3-4 (2 equal)", "layer 5", "layer 6")
+    assert spans == list(expected)
     assert text.count("window=512") == 3
     assert "model_defs/gemma3.py" in text
     layer = 64 * 96 * 3 + 64 * (64 + 16 + 16) + 64 * 64 + 4 * 64 + 2 * 16

@@ -106,7 +106,7 @@ def test_files_without_a_generating_models_outputs_are_refused(
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "golden.npz").write_bytes(b"something else")
-    with pytest.raises(VerifyError, match="cannot be read as an .npz"):
+    with pytest.raises(VerifyError, match=r"cannot be read as an \.npz"):
         read_golden(tmp_path / "golden.npz")
 
 
@@ -152,9 +152,7 @@ def test_a_checkpoint_agrees_with_transformers(small: Path) -> None:
     assert [g.num_tokens for g in result.greedy] == [8] * 5
 
 
-def test_no_room_for_a_prompt_is_refused(
-    small: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_room_for_a_prompt_is_refused(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(small), "--max-new-tokens", "160"]) == 1
     assert "--max-new-tokens 160 leaves no room" in capsys.readouterr().err
 
