@@ -111,8 +111,8 @@ def _stage_table(report: Report) -> rich.table.Table:
 def _layer_table(report: Report) -> rich.table.Table:
     """Layers as rows, stages as columns; the standard deviation is the reference's."""
     table = _table(
-        f"Hidden states after each layer: max (mean) difference, at most {report.tolerance:g} of "
-        "the layer's standard deviation allowed",
+        f"Hidden states after each layer: max (mean) difference; mean at most {report.tolerance:g} "
+        "of the layer's standard deviation",
         *("layer", "std", *(stage.name for stage in report.stages), "verdict"),
     )
     for index, layers in enumerate(zip(*(s.layers for s in report.stages), strict=True)):

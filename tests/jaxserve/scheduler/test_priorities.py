@@ -239,16 +239,24 @@ def test_new_requests_go_to_the_rank_with_most_free_pages() -> None:
     assert shown(batch, 1) == [("b", 0, 3), ("c", 0, 4), ("d", 0, 30)]
 
 
-def test_a_preempted_request_may_go_on_at_another_rank() -> None:
-    scheduler = make_scheduler(num_ranks=2, num_pages=4)
-    first = add(scheduler, "first", 5)
-    other = add(scheduler, "other", 9, max_tokens=3)
-    second = add(scheduler, "second", 3)
-    assert shown(schedule(scheduler), 0) == [("first", 0, 5), ("second", 0, 3)]
-    assert (first.rank, other.rank, second.rank) == (0, 1, 0)
-    in_flight = scheduler._in_flight
-    while second.rank != 1:
-        update(scheduler, in_flight[0])
-        schedule(scheduler)
+def test_a_preempted_request_goes_on_at_another_rank_behind_its_decode_rows() -> None:
+    scheduler = make_scheduler(num_ranks=2, num_pages=6, max_rows=2, max_tokens=4)
+    add(scheduler, "a", 8, max_tokens=12)
+    add(scheduler, "x", 8, max_tokens=3)
+    for _ in range(2):
+        update(scheduler, schedule(scheduler))
+    add(scheduler, "b", 8, max_tokens=12)
+    add(scheduler, "c", 4, max_tokens=12)
+    steps = []
+    for _ in range(8):
+        batch = schedule(scheduler)
+        steps.append((shown(batch, 0), shown(batch, 1)))
+        update(scheduler, batch)
+    assert steps[3:] == [
+        ([("a", 11, 1), ("b", 8, 1)], [("c", 5, 1)]),
+        ([("a", 12, 1)], [("c", 6, 1), ("b", 0, 3)]),  # b arrived before c, and is longer
+        ([("a", 13, 1)], [("c", 7, 1), ("b", 3, 3)]),
+        ([("a", 14, 1)], [("c", 8, 1), ("b", 6, 3)]),
+        ([("a", 15, 1)], [("b", 9, 1), ("c", 9, 1)]),
+    ]
     assert scheduler.stats.total_preempted == 1
-    assert other.is_finished
