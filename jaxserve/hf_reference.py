@@ -142,7 +142,7 @@ def _load_gguf(checkpoint: GGUFCheckpoint, options: Mapping[str, Any]) -> Any | 
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Values that two configs do not share, by dotted key; float32 rounding is no difference."""
+    """Values of keys in both configs that differ, by dotted key; float32 rounding does not."""
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, float) and isinstance(b, float | int):
@@ -151,9 +151,9 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
 
     left, right = dict(_flat(ours)), dict(_flat(theirs))
     return {
-        key: (left.get(key), right.get(key))
-        for key in sorted(left.keys() | right.keys())
-        if not same(left.get(key), right.get(key))
+        key: (left[key], right[key])
+        for key in sorted(left.keys() & right.keys())
+        if not same(left[key], right[key])
     }
 
 

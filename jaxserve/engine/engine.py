@@ -63,6 +63,25 @@ DEFAULTS = {
 }
 
 
+def step_limits(config: EngineConfig, defaults: PlatformDefaults) -> tuple[int, int]:
+    """Rows and tokens of the largest step; what the user leaves open follows what is given.
+
+    Raises:
+        ConfigError: both are given, and the rows do not fit in the tokens.
+    """
+    rows, tokens = config.max_running_requests, config.chunked_prefill_size
+    if tokens is None:
+        tokens = max(defaults.max_tokens_per_step, rows or 0)
+    if rows is None:
+        rows = min(defaults.max_rows, tokens)
+    if rows > tokens:
+        raise ConfigError(
+            f"--max-running-requests {rows} is more than --chunked-prefill-size {tokens}: every "
+            f"running request needs a token in each step. Raise the latter or lower the former."
+        )
+    return rows, tokens
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What is being served, and with how much memory."""
@@ -154,21 +173,20 @@ class Engine:
                 f"--context-length is {max_len}; this model was made for {spec.max_length} tokens "
                 f"(max_position_embeddings). Lower it."
             )
+        max_rows, self._max_tokens = step_limits(config, defaults)
         self.runner = Runner(
             model,
             page_size=config.page_size or default_page_size(platform),
-            max_rows=config.max_running_requests or defaults.max_rows,
+            max_rows=max_rows,
             max_model_len=max_len,
         )
         self._max_model_len = max_len
-        self._full_contexts = defaults.full_contexts
+        self._max_pages = self._most_pages(min(max_rows, defaults.full_contexts))
         mesh = rules.mesh
         self._budget_bytes = memory_budget_bytes(
             mesh.devices.flat[0], config.mem_fraction_static, mesh.size
         )
-        max_tokens = config.chunked_prefill_size or defaults.max_tokens_per_step
-        self._max_tokens = max(max_tokens, self.runner.max_rows)
-        self._all_buckets = make_buckets(self._max_tokens, self.runner.max_rows)
+        self._all_buckets = make_buckets(self._max_tokens, max_rows)
         if config.skip_background_compile:
             self._all_buckets = self._all_buckets[-1:]  # the largest; it holds every batch
         self._info = {
@@ -180,6 +198,20 @@ class Engine:
             "num_parameters": model.module.num_parameters,
             "platform": platform,
         }
+
+    def _most_pages(self, full_contexts: int) -> int:
+        """Pages a rank's pool may have, whatever memory there is."""
+        config, runner = self.config, self.runner
+        if config.max_total_tokens is None:
+            return full_contexts * runner.pages_per_row
+        max_pages = -(-config.max_total_tokens // runner.page_size)
+        if max_pages < runner.pages_per_row:
+            raise ConfigError(
+                f"--max-total-tokens {config.max_total_tokens} is {max_pages} pages of "
+                f"{runner.page_size} tokens; one request of the full context needs "
+                f"{runner.pages_per_row}. Raise it or lower --context-length."
+            )
+        return max_pages
 
     def _start_serving(
         self,
@@ -221,18 +253,9 @@ class Engine:
         bucket = max(self._all_buckets)
         if progress is not None:
             progress("compiling the largest bucket", 0, 1)
-        config, runner = self.config, self.runner
+        runner, max_pages = self.runner, self._max_pages
         budget, page_bytes = self._budget_bytes, runner.page_bytes
         min_pages = runner.pages_per_row
-        max_pages = min(runner.max_rows, self._full_contexts) * runner.pages_per_row
-        if config.max_total_tokens is not None:
-            max_pages = -(-config.max_total_tokens // runner.page_size)
-            if max_pages < min_pages:
-                raise ConfigError(
-                    f"--max-total-tokens {config.max_total_tokens} is {max_pages} pages of "
-                    f"{runner.page_size} tokens; one request of the full context needs "
-                    f"{min_pages}. Raise it or lower --context-length."
-                )
         weights_bytes = params_bytes_per_device(runner.model)
         guess = max(min_pages, min(max_pages, (budget - weights_bytes) // page_bytes))
         compiled, memory = runner.compile(bucket, guess)

@@ -1,6 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its length extensions.
 
-Angles in float32; the rotation in float32, the result in the input's dtype.
+Angles in float32; the rotation in float32, the result in the input's dtype. Frequencies are rounded
+to float32 where the reference rounds them: at position 1000 a last bit of the frequency is 1e-4
+radians, which is more than all other rounding errors of a layer.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from model_defs.interface import ForwardBatch
 
 
 class Scaling(Protocol):
-    """A change of the inverse frequencies; `magnitude` multiplies cos and sin."""
+    """Inverse frequencies from the unscaled rope's periods; `magnitude` multiplies cos and sin."""
 
     @property
     def magnitude(self) -> float: ...
 
-    def inverse_frequencies(self, base: np.ndarray) -> np.ndarray: ...
+    def inverse_frequencies(self, periods: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Linear:
     factor: float
     magnitude: float = 1.0
 
-    def inverse_frequencies(self, base: np.ndarray) -> np.ndarray:
-        return base / self.factor
+    def inverse_frequencies(self, periods: np.ndarray) -> np.ndarray:
+        return 1.0 / periods / self.factor
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Llama3:
     original_length: int
     magnitude: float = 1.0
 
-    def inverse_frequencies(self, base: np.ndarray) -> np.ndarray:
-        turns = self.original_length * base / (2 * math.pi)  # rotations within the first length
+    def inverse_frequencies(self, periods: np.ndarray) -> np.ndarray:
+        base = 1.0 / periods
+        turns = self.original_length / (2 * math.pi / base)  # rotations within the first length
         ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         keep = np.clip(ramp, 0.0, 1.0)
-        return base * (keep + (1 - keep) / self.factor)
+        return (1 - keep) * base / self.factor + keep * base
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class LongRope:
     original_length: int
     magnitude: float
 
-    def inverse_frequencies(self, base: np.ndarray) -> np.ndarray:
-        return base / np.asarray(self.short)
+    def inverse_frequencies(self, periods: np.ndarray) -> np.ndarray:
+        return 1.0 / (np.asarray(self.short, periods.dtype) * periods)
 
-    def long_inverse_frequencies(self, base: np.ndarray) -> np.ndarray:
-        return base / np.asarray(self.long)
+    def long_inverse_frequencies(self, periods: np.ndarray) -> np.ndarray:
+        return 1.0 / (np.asarray(self.long, periods.dtype) * periods)
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,20 @@ class Rope:
     scaling: Linear | Llama3 | LongRope | None = None
 
     @property
-    def base_frequencies(self) -> np.ndarray:
-        return 1.0 / self.theta ** (np.arange(0, self.dim, 2, dtype=np.float64) / self.dim)
+    def periods(self) -> np.ndarray:
+        """`f32[dim/2]`: positions per radian of each pair, without scaling."""
+        exponents = np.arange(0, self.dim, 2, dtype=np.float32) / self.dim
+        return (self.theta ** exponents.astype(np.float64)).astype(np.float32)
 
     def angles(self, batch: ForwardBatch) -> Float[Array, "T dim/2"]:
-        base = self.base_frequencies
+        periods = self.periods
         if self.scaling is None:
-            freqs: Any = jnp.asarray(base, jnp.float32)
+            freqs: Any = jnp.asarray(1.0 / periods, jnp.float32)
         else:
-            freqs = jnp.asarray(self.scaling.inverse_frequencies(base), jnp.float32)
+            freqs = jnp.asarray(self.scaling.inverse_frequencies(periods), jnp.float32)
         if isinstance(self.scaling, LongRope):
             length = jnp.maximum(batch.prompt_lens, batch.positions + 1)
-            long = jnp.asarray(self.scaling.long_inverse_frequencies(base), jnp.float32)
+            long = jnp.asarray(self.scaling.long_inverse_frequencies(periods), jnp.float32)
             freqs = jnp.where((length > self.scaling.original_length)[:, None], long, freqs)
         return batch.positions.astype(jnp.float32)[:, None] * freqs
 

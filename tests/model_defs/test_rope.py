@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from model_defs.hf_config import HFConfig, UnsupportedConfig
 from model_defs.interface import AttentionMetadata, ForwardBatch
@@ -50,6 +51,16 @@ def test_rope_turns_each_pair_by_position_times_frequency() -> None:
     )
 
 
+@pytest.mark.parametrize(("theta", "dim"), [(1e4, 128), (1e6, 256), (5e5, 128), (1e4, 96)])
+def test_frequencies_are_rounded_like_the_reference(theta: float, dim: int) -> None:
+    reference = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    ours = 1.0 / Rope(theta, dim).periods
+    assert ours.dtype == np.float32
+    # All but the rare frequencies whose power torch rounds wrongly are the same to the last bit.
+    assert (ours == reference.numpy()).mean() > 0.95
+    np.testing.assert_allclose(1000 * ours, 1000 * reference.numpy(), rtol=0, atol=2e-6)
+
+
 def test_partial_rope_leaves_the_rest_alone() -> None:
     x = heads(4, 24)
     out = rotate(Rope(10000.0, 16), x, POSITIONS)
@@ -82,11 +93,11 @@ def test_linear_scaling_divides_positions() -> None:
 
 def test_llama3_scaling_by_wavelength() -> None:
     scaling = Llama3(8.0, 1.0, 4.0, 64)
-    freqs = scaling.inverse_frequencies(BASE)
+    freqs = scaling.inverse_frequencies(1 / BASE)
     for before, after in zip(BASE, freqs, strict=True):
         wavelength = 2 * math.pi / before
         if wavelength < 64 / 4:
-            assert after == before
+            assert after == pytest.approx(before, rel=1e-12)
         elif wavelength > 64 / 1:
             assert after == pytest.approx(before / 8)
         else:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import pytest
 
 import jaxserve.engine.engine as engine_module
-from jaxserve.config import ConfigError
+from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import kv_cache
 from jaxserve.engine.compile_counter import CompileCounter
+from jaxserve.engine.engine import DEFAULTS, step_limits
 from jaxserve.engine.kv_cache import NotEnoughMemory, StepMemory, pages_that_fit
 from jaxserve.engine.runner import Runner
 from jaxserve.request import FinishReason, InvalidRequest, SamplingParams
@@ -262,3 +263,18 @@ def test_model_info(driver: Driver) -> None:
     assert (info.vocab_size, info.num_layers, info.max_model_len) == (VOCAB, 2, CONTEXT)
     assert (info.num_pages, info.page_size, info.max_running_requests) == (32, 8, 4)
     assert (info.tp_size, info.dp_size) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "expected"),
+    [(None, None, (16, 512)), (1000, None, (1000, 1000)), (None, 8, (8, 8)), (4, 8, (4, 8))],
+)
+def test_step_limits_follow_what_is_given(rows, tokens, expected) -> None:
+    config = EngineConfig("m", max_running_requests=rows, chunked_prefill_size=tokens)
+    assert step_limits(config, DEFAULTS["cpu"]) == expected
+
+
+def test_more_rows_than_tokens_are_refused_by_name() -> None:
+    config = EngineConfig("m", max_running_requests=9, chunked_prefill_size=8)
+    with pytest.raises(ConfigError, match=r"--max-running-requests 9.*--chunked-prefill-size 8"):
+        step_limits(config, DEFAULTS["cpu"])
