@@ -184,6 +184,28 @@ def forward(model: Any, token_ids: Sequence[int]) -> Forward:
 
 
 @torch.inference_mode()
+def rounding(model: Any, token_ids: Sequence[int], logits: np.ndarray) -> np.ndarray:
+    """How far rounding alone may move the logits of a text: f32[T], the most at each position.
+
+    The text is computed again with every embedded value changed by the last bit of a float32, up
+    or down, and compared with `logits`. Most positions hardly move; where they do, no two correct
+    implementations agree.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def nudge(module: Any, inputs: Any, output: Any) -> Any:
+        signs = torch.randint(0, 2, output.shape, generator=draw) * 2 - 1
+        return output * (1 + signs * torch.finfo(torch.float32).eps)
+
+    hook = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        moved = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    return np.abs(moved.float().numpy() - logits).max(axis=-1)
+
+
+@torch.inference_mode()
 def greedy(
     model: Any, token_ids: Sequence[int], num_tokens: int, *, use_cache: bool = True
 ) -> Greedy:

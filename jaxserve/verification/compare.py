@@ -77,12 +77,14 @@ class StageResult:
     Attributes:
         num_steps: forward passes it took.
         layers: by layer, of the prompts whose layer outputs are known.
+        rounding: how far rounding moves the reference's own logits where `logits` is largest.
     """
 
     name: str
     num_steps: int
     logits: Difference
     layers: tuple[Difference, ...]
+    rounding: float | None = None
 
     def bad_layers(self, tolerance: float) -> list[int]:
         """The layers whose mean difference is over `tolerance` of their own standard deviation.

@@ -27,6 +27,8 @@ class Reference:
         layers: f32[L, T, D], the residual stream after each layer; None where not known.
         greedy: the tokens that follow.
         margins: of each of them, how far its logit was above the second; None where not known.
+        rounding: f32[T], how far the reference's own logits move when its inputs change in their
+            last bit; None where not known.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Reference:
     layers: np.ndarray | None
     greedy: list[int]
     margins: list[float] | None
+    rounding: np.ndarray | None = None
 
 
 # ---- prompts --------------------------------------------------------------------------------

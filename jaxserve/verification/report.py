@@ -64,6 +64,7 @@ def to_json(report: Report) -> dict[str, Any]:
                 "steps": stage.num_steps,
                 "passes": stage.passes(report.tolerance),
                 "logits": difference(stage.logits),
+                "rounding": stage.rounding,
                 "layers": [difference(layer) for layer in stage.layers],
             }
             for stage in report.stages
@@ -92,7 +93,7 @@ def _table(title: str, *columns: str) -> rich.table.Table:
 def _stage_table(report: Report) -> rich.table.Table:
     table = _table(
         f"Logits at every position: absolute difference, at most {report.tolerance:g} allowed",
-        *("stage", "steps", "max", "mean", "max / std", "largest at", "verdict"),
+        *("stage", "steps", "max", "mean", "max / std", "largest at", "rounding there", "verdict"),
     )
     for stage in report.stages:
         d = stage.logits
@@ -103,6 +104,7 @@ def _stage_table(report: Report) -> rich.table.Table:
             f"{d.mean:.2e}",
             f"{d.relative:.2e}",
             f"prompt {d.prompt}, {d.position}",
+            "-" if stage.rounding is None else f"{stage.rounding:.1e}",
             "ok" if d.max <= report.tolerance else "TOO FAR",
         )
     return table

@@ -135,7 +135,15 @@ def _run_transformers(
         at_once = hf.forward(model, ids)
         greedy = hf.greedy(model, ids, options.max_new_tokens)
         references.append(
-            Reference(name, ids, at_once.logits, at_once.layers, greedy.tokens, greedy.margins)
+            Reference(
+                name,
+                ids,
+                at_once.logits,
+                at_once.layers,
+                greedy.tokens,
+                greedy.margins,
+                hf.rounding(model, ids, at_once.logits),
+            )
         )
         if progress is not None:
             progress("running the reference", len(references), len(prompts))
@@ -216,7 +224,14 @@ def _compare_stage(
     result = logits.result()
     assert result is not None and done == total, "the scheduler left tokens out"
     by_layer = (tally.result() for tally in layers)
-    return StageResult(stage.name, num_steps, result, tuple(d for d in by_layer if d is not None))
+    (worst,) = (r for r in references if r.name == result.prompt)
+    return StageResult(
+        name=stage.name,
+        num_steps=num_steps,
+        logits=result,
+        layers=tuple(d for d in by_layer if d is not None),
+        rounding=None if worst.rounding is None else float(worst.rounding[result.position]),
+    )
 
 
 def _compare_greedy(
