@@ -14,7 +14,7 @@ import jax
 
 from converters.checkpoint import open_checkpoint
 from converters.interface import Checkpoint, Progress
-from jaxserve.config import ConfigError, EngineConfig, user_cache_dir
+from jaxserve.config import ConfigError, EngineConfig, configure_jax, user_cache_dir
 from jaxserve.engine.engine import Engine, load_tokenizer
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler.buckets import Bucket
@@ -77,6 +77,7 @@ def verify(
             file = _golden_file(options.golden, checkpoint)
             references = read_golden(file, options.num_prompts, options.max_new_tokens)
             source = f"stored outputs in {file.name}"
+    configure_jax(config)  # before the backend is looked at: that starts JAX
     if jax.default_backend() != "cpu" and config.dtype == "float32":
         # Accelerators round the inputs of float32 products by default; the reference does not.
         jax.config.update("jax_default_matmul_precision", "highest")

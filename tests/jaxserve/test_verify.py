@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,22 @@ def test_goldens_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert found["stages"][2]["steps"] == arrays["lengths"].max()
         assert [g["tokens"] for g in found["greedy"]] == [16] * len(arrays["lengths"])
     assert all(g["equal"] == 16 for g in found["greedy"])
+
+
+def test_a_mesh_passes_in_a_process_of_its_own() -> None:
+    """The number of CPU devices is fixed when JAX starts, which must not be before it is set."""
+    folder = ROOT / "tests" / "goldens" / "mistral-a"
+    command = f"verify {folder} --golden golden.npz --device cpu --tp-size 2 --dp-size 2 --json"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxserve", *command.split()],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tp 2, dp 2" in json.loads(done.stdout)["engine"]
 
 
 def test_a_wrong_layer_logit_and_token_are_found(
@@ -168,6 +185,10 @@ def test_the_reference_is_consistent_with_itself(small: Path) -> None:
     assert at_once.logits[4:10].argmax(-1).tolist() == cached.tokens
     best = np.sort(at_once.logits[4:10])
     np.testing.assert_allclose(cached.margins, best[:, -1] - best[:, -2], atol=1e-5)
+    rounding = hf_reference.rounding(model, prompt + cached.tokens, at_once.logits)
+    assert rounding.shape == (11,) and 0 < rounding.max() < 1e-3
+    again = hf_reference.forward(model, prompt + cached.tokens)  # the nudge is gone
+    np.testing.assert_array_equal(again.logits, at_once.logits)
 
 
 def test_the_reference_can_be_timed(small: Path) -> None:
