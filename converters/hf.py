@@ -156,11 +156,7 @@ def write_hf(
     """
     destination = Path(destination)
     with folder_written_aside(destination, overwrite=overwrite) as folder:
-        write_json(folder / "config.json", config)
-        if generation_config:
-            write_json(folder / "generation_config.json", generation_config)
-        if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, folder)
+        write_companions(folder, config, generation_config, tokenizer_dir)
         writer = _ShardWriter(folder, max_shard_bytes, total_bytes, progress)
         for name, tensor in tensors:
             writer.add(name, tensor)
@@ -176,12 +172,21 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))
 
 
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy tokenizer, chat template and processor files that `source` has into `destination`."""
-    for pattern in TOKENIZER_PATTERNS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, destination / file.name)
+def write_companions(
+    folder: Path,
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None,
+    tokenizer_dir: Path | None,
+) -> None:
+    """Write what a checkpoint holds beside its tensors: configs, tokenizer and processor files."""
+    write_json(folder / "config.json", config)
+    if generation_config:
+        write_json(folder / "generation_config.json", generation_config)
+    if tokenizer_dir is not None:
+        for pattern in TOKENIZER_PATTERNS:
+            for file in sorted(tokenizer_dir.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
 
 
 class _ShardWriter:

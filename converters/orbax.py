@@ -22,7 +22,7 @@ import numpy as np
 import tensorstore
 
 from converters.errors import CheckpointError
-from converters.hf import DTYPE_NAMES, copy_tokenizer, has_tokenizer, read_json, write_json
+from converters.hf import DTYPE_NAMES, has_tokenizer, read_json, write_companions, write_json
 from converters.interface import Index, Progress, TensorHeader, slice_bounds
 from converters.lazy import LazyTensor, boxes
 from converters.write_aside import folder_written_aside
@@ -135,11 +135,7 @@ def write_orbax(
     """
     destination = Path(destination)
     with folder_written_aside(destination, overwrite=overwrite) as folder:
-        write_json(folder / "config.json", config)
-        if generation_config:
-            write_json(folder / "generation_config.json", generation_config)
-        if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, folder)
+        write_companions(folder, config, generation_config, tokenizer_dir)
         _save_params(folder / PARAMS, tensors, progress)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         manifest = {
