@@ -52,8 +52,16 @@ HUB_PATTERNS = (
     "chat_template*",
     "preprocessor_config.json",
     "processor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "*_Pooling/config.json",
 )
-HUB_IGNORED = ("*/*", "consolidated*", "adapter_*")
+# Weights and settings of other formats, in folders of their own or beside.
+HUB_IGNORED = (
+    *("*/*.safetensors", "*/*.index.json", "*/*.model", "*/*.tiktoken", "tokenizer*/*"),
+    *("consolidated*", "adapter_*"),
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Opener = Callable[[Path, Path | None], Checkpoint]

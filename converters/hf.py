@@ -56,6 +56,10 @@ TOKENIZER_PATTERNS = (
     "chat_template*",
     "preprocessor_config.json",
     "processor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "*_Pooling/config.json",
 )
 """Files that travel with the weights when a checkpoint is written."""
 
@@ -186,7 +190,9 @@ def write_companions(
         for pattern in TOKENIZER_PATTERNS:
             for file in sorted(tokenizer_dir.glob(pattern)):
                 if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+                    copy = folder / file.relative_to(tokenizer_dir)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copy)
 
 
 class _ShardWriter:

@@ -128,9 +128,19 @@ def plan_checkpoint(
     )
 
 
-def weight_rules(checkpoint: Checkpoint) -> tuple[weights.Rule, ...]:
-    """The rules from the checkpoint's names to canonical ones; none where they are canonical."""
-    return () if checkpoint.canonical else family_of(checkpoint.config).rules(checkpoint.config)
+def weight_rules(checkpoint: Checkpoint, family: Family | None = None) -> tuple[weights.Rule, ...]:
+    """The rules from the checkpoint's names to canonical ones; none where they are canonical.
+
+    Args:
+        family: to read it as, if not as the config's own; what that has no use for is left out.
+    """
+    if family is None:
+        own = family_of(checkpoint.config)
+        return () if checkpoint.canonical else own.rules(checkpoint.config)
+    rules = family.rules(checkpoint.config)
+    if checkpoint.canonical:
+        return tuple(rule for rule in rules if isinstance(rule, weights.Ignore))
+    return rules
 
 
 def headers_of(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -139,9 +149,12 @@ def headers_of(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]
 
 
 def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
-    """The floating-point dtype of most of the checkpoint's bytes; float32 where there is none."""
+    """The floating-point dtype of most of the checkpoint's bytes; float32 where there is none.
+
+    8-bit floats do not count: they are read as what their scales make of them.
+    """
     num_bytes: Counter[np.dtype] = Counter()
     for header in checkpoint.headers.values():
-        if is_float(header.dtype):
+        if is_float(header.dtype) and header.dtype.itemsize > 1:
             num_bytes[header.dtype] += header.num_bytes
     return num_bytes.most_common(1)[0][0] if num_bytes else np.dtype(np.float32)

@@ -21,6 +21,11 @@ DEVICES = ("auto", "cpu", "tpu", "gpu")
 DEVICE_ALIASES = {"cuda": "gpu"}
 # What JAX calls the platforms; "cpu" stays available for host-side work.
 JAX_PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}
+# What the variables begin with that can change what XLA compiles.
+COMPILE_VARIABLES = (
+    *("XLA_", "JAX_", "LIBTPU_", "TPU_", "TF_", "CUDA_", "NVIDIA_", "HIP_", "ROCM_", "MOSAIC_"),
+    *("TRITON_", "PALLAS_", "NCCL_", "LLVM_", "OMP_", "KMP_", "LD_LIBRARY_PATH", "LD_PRELOAD"),
+)
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 ConfigT = TypeVar("ConfigT", "EngineConfig", "ServerConfig")
@@ -74,12 +79,22 @@ class EngineConfig:
     dp_size: int = setting(
         1, "copies of the model that share the requests", "--data-parallel-size", "--dp"
     )
+    ep_size: int = setting(
+        1,
+        "groups of the --tp-size devices that keep different experts; each expert is split inside "
+        "its group",
+        "--expert-parallel-size",
+        "--ep",
+    )
     page_size: int | None = setting(None, "tokens per page of KV memory")
     mem_fraction_static: float | None = setting(
         None, "share of device memory for weights and KV pages, in (0, 1]"
     )
     max_total_tokens: int | None = setting(
         None, "upper bound of KV tokens per copy of the model (default: what memory allows)"
+    )
+    is_embedding: bool = setting(
+        False, "give vectors for texts, with a model that would otherwise write text"
     )
     context_length: int | None = setting(
         None, "longest prompt plus output in tokens (default: the model's)"
@@ -110,6 +125,7 @@ class EngineConfig:
                 1,
                 "tp_size",
                 "dp_size",
+                "ep_size",
                 "page_size",
                 "max_total_tokens",
                 "context_length",
@@ -120,6 +136,12 @@ class EngineConfig:
         ]
         if self.model_path == "":
             problems.append("--model-path is empty; name a hub id, a folder, a file or 'demo'")
+        sizes = self.tp_size, self.ep_size
+        if all(map(_is_number, sizes)) and self.ep_size >= 1 and self.tp_size % self.ep_size:
+            problems.append(
+                f"--ep-size is {self.ep_size}; allowed: a divisor of --tp-size, which is "
+                f"{self.tp_size}"
+            )
         fraction = self.mem_fraction_static
         if _is_number(fraction) and not 0.0 < fraction <= 1.0:
             problems.append(f"--mem-fraction-static is {fraction}; allowed: above 0 and up to 1")
@@ -239,6 +261,20 @@ def compile_cache_path(config: EngineConfig) -> Path | None:
     if config.compile_cache_dir is not None:
         return Path(config.compile_cache_dir).expanduser()
     return user_cache_dir() / "compile"
+
+
+def compile_cache_folder(config: EngineConfig) -> Path | None:
+    """Return the compile cache in force if it is ours; None if it is off or set through JAX."""
+    # Deferred: see configure_jax, which has run before.
+    import jax
+
+    path = compile_cache_path(config)
+    return path if path is not None and jax.config.jax_compilation_cache_dir == str(path) else None
+
+
+def compile_environment() -> list[tuple[str, str]]:
+    """Return the environment variables that XLA, its backends and JAX may read, sorted."""
+    return sorted(item for item in os.environ.items() if item[0].startswith(COMPILE_VARIABLES))
 
 
 def configure_jax(config: EngineConfig) -> None:

@@ -18,16 +18,25 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequenc
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from jaxserve.config import EngineConfig
-from jaxserve.engine.async_engine import AsyncEngine, EngineUnavailable, StartupProgress
+from jaxserve.engine.async_engine import AsyncEngine, EngineUnavailable, StartupProgress, Task
 from jaxserve.engine.engine import Engine, ModelInfo
 from jaxserve.log import ProgressDisplay
-from jaxserve.request import FinishReason, InvalidRequest, RequestOutput, SamplingParams
+from jaxserve.request import (
+    FinishReason,
+    InvalidRequest,
+    RequestOutput,
+    SamplingParams,
+    with_end,
+)
 from jaxserve.tokenizer import Tokenizer, load_chat_template
 
 T = TypeVar("T")
 
 Conversation = Sequence[Mapping[str, str]]
+Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class LLM:
         device: str | None = None,
         tp_size: int | None = None,
         dp_size: int | None = None,
+        ep_size: int | None = None,
         page_size: int | None = None,
         mem_fraction_static: float | None = None,
         max_total_tokens: int | None = None,
@@ -78,6 +88,7 @@ class LLM:
         max_running_requests: int | None = None,
         chunked_prefill_size: int | None = None,
         random_seed: int | None = None,
+        is_embedding: bool | None = None,
         compile_cache_dir: str | None = None,
         chat_template: str | None = None,
         show_progress: bool = True,
@@ -90,6 +101,7 @@ class LLM:
             "device": device,
             "tp_size": tp_size,
             "dp_size": dp_size,
+            "ep_size": ep_size,
             "page_size": page_size,
             "mem_fraction_static": mem_fraction_static,
             "max_total_tokens": max_total_tokens,
@@ -97,6 +109,7 @@ class LLM:
             "max_running_requests": max_running_requests,
             "chunked_prefill_size": chunked_prefill_size,
             "random_seed": random_seed,
+            "is_embedding": is_embedding,
             "compile_cache_dir": compile_cache_dir,
         }
         changes = {name: value for name, value in given.items() if value is not None}
@@ -207,6 +220,44 @@ class LLM:
             async for output in outputs:
                 yield output
 
+    def embed(self, texts: Texts) -> np.ndarray:
+        """Return the embeddings of one or many texts, all at once: f32[texts, D].
+
+        The checkpoint says which tokens' states they are made of, and whether they have length 1.
+        A model that writes text gives embeddings when built with `is_embedding=True`.
+
+        Args:
+            texts: text or token ids, one or a list.
+
+        Raises:
+            InvalidRequest: the model is for something else, or a text cannot be read.
+        """
+        return self._read("embed", [self._encode(text) for text in _as_list(texts)])
+
+    def classify(self, texts: Texts | Conversation | Sequence[Conversation]) -> np.ndarray:
+        """Return the scores of one or many texts or conversations: f32[texts, labels], no softmax.
+
+        A reward model has one label. A conversation is scored as a whole; to a text or conversation
+        the token is added that the model wants at the end, if any.
+
+        Raises:
+            InvalidRequest: the model is for something else, or a text cannot be read.
+        """
+        is_one_conversation = not isinstance(texts, str) and isinstance(next(iter(texts)), Mapping)
+        listed = [texts] if is_one_conversation else _as_list(texts)
+        return self._read("score", [self._encode_whole(text) for text in listed])
+
+    def score(
+        self, query: str, texts: str | Sequence[str], *, item_first: bool = False
+    ) -> np.ndarray:
+        """Return the scores of `query` joined to each text: f32[texts, labels], no softmax.
+
+        Args:
+            item_first: put the text before the query.
+        """
+        items = [texts] if isinstance(texts, str) else texts
+        return self.classify([item + query if item_first else query + item for item in items])
+
     def close(self) -> None:
         """Stop the engine and free the device; safe to call again."""
         if self._loop.is_closed():
@@ -228,6 +279,28 @@ class LLM:
         if prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.encode_chat(prompt, chat_template=self._chat_template)
         return [int(token_id) for token_id in prompt]
+
+    def _encode_whole(self, text: Any) -> list[int]:
+        """Token ids of a text that is scored at its end; token ids are taken as they are."""
+        if isinstance(text, str):
+            token_ids = self.tokenizer.encode(text)
+        elif text and isinstance(text[0], Mapping):
+            token_ids = self.tokenizer.encode_chat(
+                text, chat_template=self._chat_template, asks_for_answer=False
+            )
+        else:
+            return self._encode(text)
+        return with_end(token_ids, self.model_info.end_token)
+
+    def _read(self, task: Task, texts: Sequence[list[int]]) -> np.ndarray:
+        self._engine.check_task(task)
+        for text in texts:
+            self._engine.check_prompt(text)
+        return self._wait(self._read_all(task, texts))
+
+    async def _read_all(self, task: Task, texts: Sequence[list[int]]) -> np.ndarray:
+        jobs = [self._engine.read(task, text, self._next_id()) for text in texts]
+        return np.stack(await _together(jobs))
 
     def _next_id(self) -> str:
         return f"llm-{next(self._ids)}"
@@ -252,13 +325,7 @@ class LLM:
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
     ) -> list[Completion]:
         jobs = [self._complete(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        tasks = [asyncio.ensure_future(job) for job in jobs]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await _together(jobs)
 
     async def _complete(self, prompt: list[int], params: SamplingParams) -> Completion:
         stream = await self._engine.submit(prompt, params, self._next_id(), wants_updates=False)
@@ -286,6 +353,17 @@ class LLM:
         except BaseException:
             future.cancel()
             raise
+
+
+async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run all jobs; when one fails the others are cancelled."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _as_list(

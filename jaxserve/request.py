@@ -118,9 +118,12 @@ class Request:
     arrived_s: float = field(default_factory=time.perf_counter)
     first_token_s: float | None = None
     finished_s: float | None = None
+    # The text is read, not continued: the request ends with its last prompt token.
+    prefill_only: bool = False
     arrival: int = -1  # place in the order of arrival; the scheduler gives it
     max_len: int = 0  # most tokens, prompt and output, it may reach; the scheduler gives it
     end_ids: frozenset[int] = field(init=False)  # a token of these ends the output
+    result: Any = None  # what a prefill-only request has been read as so far; the engine keeps it
 
     def __post_init__(self) -> None:
         eos_ids = frozenset() if self.sampling.ignore_eos else self.eos_ids
@@ -133,6 +136,13 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
+
+
+def with_end(token_ids: list[int], end_token: int | None) -> list[int]:
+    """Return a text that ends with `end_token`, appended where need be; with None, as it is."""
+    if end_token is None or (token_ids and token_ids[-1] == end_token):
+        return token_ids
+    return [*token_ids, end_token]
 
 
 @dataclass(frozen=True)
@@ -206,3 +216,7 @@ def _shown(value: Any) -> str:
     except ValueError:  # an int of more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# What a prefill-only request has in place of sampling parameters.
+NO_SAMPLING = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)

@@ -17,7 +17,8 @@ from jaxserve.config import DTYPES, user_cache_dir
 if TYPE_CHECKING:
     from model_defs.registry import Family
 
-COLUMNS = ("family", "architectures", "for example", "checked against")
+COLUMNS = ("family", "architectures", "for example", "modality", "checked against")
+MODALITIES = {"generate": "text", "score": "text to scores", "embed": "text to a vector"}
 DEFAULT_DTYPE = "bfloat16"
 
 
@@ -98,13 +99,17 @@ def family_row(family: Family) -> tuple[str, ...]:
     demo = importlib.import_module("converters.demo")
     real = [n for n, m in demo.DEMO_MODELS.items() if m.architecture in family.architectures]
     checks = []
-    if family.tiny:
-        checks.append(f"transformers ({len(family.tiny)} random models)")
+    if family.reference == "transformers":
+        count = len(family.tiny)
+        checks.append(f"transformers ({count} random model{'s' if count > 1 else ''})")
+    elif family.reference == "original":
+        checks.append("original code or a transcription of it (stored outputs)")
     checks += [f"transformers ({name}, real weights)" for name in real]
     return (
         family.name,
         "\n".join(family.architectures),
         "\n".join(family.examples),
+        MODALITIES[family.task],
         "\n".join(checks) or "nothing yet",
     )
 
@@ -112,9 +117,10 @@ def family_row(family: Family) -> tuple[str, ...]:
 def markdown(rows: list[tuple[str, ...]]) -> str:
     """The rows as a Markdown table."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    for name, architectures, examples, checks in rows:
+    for name, architectures, examples, modality, checks in rows:
         code = [", ".join(f"`{v}`" for v in cell.split("\n")) for cell in (architectures, examples)]
-        lines.append(f"| {' | '.join([name, *code, ', '.join(checks.splitlines())])} |")
+        cells = [name, *code, modality, ", ".join(checks.splitlines())]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

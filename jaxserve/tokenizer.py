@@ -1,19 +1,24 @@
 """Text to token ids and back: encode, chat template, incremental decode, stop strings.
 
 A thin wrapper over the checkpoint's own Hugging Face tokenizer. It executes no code from the
-checkpoint: chat templates run in transformers' sandboxed jinja environment.
+checkpoint: chat templates run in a sandboxed jinja environment. Importing transformers takes longer
+than loading a compiled model, so `plain_tokenizer.py` stands in for it where it does the same.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from jaxserve.plain_tokenizer import PlainTokenizer, load_hf_tokenizer
 from jaxserve.request import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 REPLACEMENT = "\ufffd"
 
@@ -25,6 +30,29 @@ _WINDOW_TOKENS = 16
 _CONTEXT_TOKENS = 4
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
+# Settings of a generation_config.json that change what is generated and are not applied here, with
+# the values that change nothing (None never does).
+_NOT_APPLIED: Mapping[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+    "penalty_alpha": (0,),
+    "guidance_scale": (1,),
+    "num_beams": (1,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ([], {}),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+}
 
 
 class TokenizerError(ValueError):
@@ -72,8 +100,6 @@ class Tokenizer:
         Raises:
             TokenizerError: the folder is missing or holds no usable tokenizer.
         """
-        from transformers import AutoTokenizer
-
         folder = Path(folder)
         if not folder.is_dir():
             raise TokenizerError(
@@ -81,9 +107,7 @@ class Tokenizer:
                 "folder that holds tokenizer.json or tokenizer.model."
             )
         try:
-            hf_tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
+            hf_tokenizer = PlainTokenizer.load(folder) or load_hf_tokenizer(folder)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise TokenizerError(
                 f"no usable tokenizer in {str(folder)!r}: {error}. Pass --tokenizer-path with a "
@@ -93,7 +117,14 @@ class Tokenizer:
             file = folder / "generation_config.json"
             generation_config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         template = None if chat_template is None else load_chat_template(chat_template)
-        return cls(hf_tokenizer, generation_config, template)
+        tokenizer = cls(hf_tokenizer, generation_config, template)
+        if tokenizer.not_applied:
+            logger.warning(
+                "the checkpoint's generation_config sets %s, which is not applied here: answers "
+                "may differ from those its authors meant",
+                ", ".join(f"{name}={value!r}" for name, value in tokenizer.not_applied.items()),
+            )
+        return tokenizer
 
     @property
     def has_chat_template(self) -> bool:
@@ -105,6 +136,16 @@ class Tokenizer:
         given = {name: self.generation_config.get(name) for name in _SAMPLING_DEFAULTS}
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def not_applied(self) -> dict[str, Any]:
+        """The checkpoint's settings that would change what is generated, but are not applied."""
+        given = {name: self.generation_config.get(name) for name in _NOT_APPLIED}
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None and value not in _NOT_APPLIED[name]
+        }
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`, by default with the BOS the model was trained with."""
         try:
@@ -112,6 +153,16 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the prompt is not valid Unicode text: {error}.") from error
         return self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Return the token ids of two texts, joined as the tokenizer joins pairs."""
+        try:
+            (first + second).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the text is not valid Unicode: {error}.") from error
+        if self._backend is not None:
+            return self._backend.encode(first, second, add_special_tokens=True).ids
+        return self.hf.encode(first, second, add_special_tokens=True, verbose=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -124,13 +175,18 @@ class Tokenizer:
         )
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        asks_for_answer: bool = True,
     ) -> str:
-        """Return the prompt text of a conversation, up to where the assistant starts to speak.
+        """Return the text of a conversation, up to where the assistant starts to speak.
 
         Args:
             messages: dicts with `role` and `content` (text).
             chat_template: jinja text that replaces the checkpoint's template.
+            asks_for_answer: False gives the conversation as it is, to be read as a whole.
 
         Raises:
             InvalidRequest: there is no template, or the template refuses these messages.
@@ -146,7 +202,7 @@ class Tokenizer:
                 [dict(message) for message in messages],
                 chat_template=template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=asks_for_answer,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequest(
@@ -155,13 +211,19 @@ class Tokenizer:
             ) from error
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        asks_for_answer: bool = True,
     ) -> list[int]:
-        """Return the token ids of a conversation.
+        """Return the token ids of a conversation; the arguments are those of `render_chat`.
 
         The template writes its own BOS, so none is added here.
         """
-        text = self.render_chat(messages, chat_template=chat_template)
+        text = self.render_chat(
+            messages, chat_template=chat_template, asks_for_answer=asks_for_answer
+        )
         return self.encode(text, add_special_tokens=False)
 
 

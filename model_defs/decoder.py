@@ -8,20 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from model_defs.hf_config import HFConfig
 from model_defs.interface import Cache, Caches, CacheSpec, ForwardBatch
 from model_defs.layers.attention import GQA
-from model_defs.layers.embedding import Embedding, Head
+from model_defs.layers.embedding import Embedding, LMHead, Pooling, ScoreHead
 from model_defs.layers.linear import BuildContext, Placed
+from model_defs.layers.mla import MLA
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
+from model_defs.layers.moe import MoE
+from model_defs.layers.norm import Norm
 from model_defs.sharding import DATA, Axis
 
 
@@ -29,29 +32,45 @@ from model_defs.sharding import DATA, Axis
 class Norms:
     """Norms around the two branches of a layer; None where there is none."""
 
-    pre_mixer: RMSNorm | None = None
-    post_mixer: RMSNorm | None = None
-    pre_ffn: RMSNorm | None = None
-    post_ffn: RMSNorm | None = None
+    pre_mixer: Norm | None = None
+    post_mixer: Norm | None = None
+    pre_ffn: Norm | None = None
+    post_ffn: Norm | None = None
 
 
-def PreNorm(norm: RMSNorm) -> Norms:
+def PreNorm(norm: Norm) -> Norms:
     """A norm before each branch."""
     return Norms(pre_mixer=norm, pre_ffn=norm)
 
 
-def SandwichNorm(norm: RMSNorm) -> Norms:
+def SandwichNorm(norm: Norm) -> Norms:
     """A norm before and after each branch."""
     return Norms(norm, norm, norm, norm)
 
 
+Task = Literal["generate", "score", "embed"]
+MixerSpec = GQA | MLA
+FeedForwardSpec = MLP | MoE
+PLAIN_HEAD = LMHead()
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One layer: a token mixer and a feed-forward network, each added to the residual."""
+    """One layer: a token mixer and a feed-forward network, each added to the residual.
 
-    mixer: GQA
-    ffn: MLP
+    Attributes:
+        parallel: both branches read the layer's input; without a `pre_ffn` norm of its own the
+            network reads what the mixer reads.
+        branch_scale: factor of both branches before they are added.
+        residual_after_norm: the branches are added to the normalised input instead.
+    """
+
+    mixer: MixerSpec
+    ffn: FeedForwardSpec
     norms: Norms
+    parallel: bool = False
+    branch_scale: float | None = None
+    residual_after_norm: bool = False
 
     def build(self, ctx: BuildContext, embed: Axis) -> LayerModule:
         return LayerModule(self, ctx, embed)
@@ -64,18 +83,30 @@ class DecoderSpec:
     Attributes:
         embed_scale: factor of the embeddings, rounded to the model's dtype first.
         tied: the output head is the embedding table.
+        logit_scale: factor of the logits, before the soft cap.
         logit_softcap: logits become `softcap * tanh(logits / softcap)`.
+        head: what the final hidden states become: logits (with `tied`, of the embedding table),
+            scores of a whole text, or its embedding.
         max_length: positions the checkpoint was made for.
     """
 
     vocab: int
     d_model: int
     layers: tuple[Layer, ...]
-    final_norm: RMSNorm
+    final_norm: Norm
     max_length: int
     tied: bool = False
     embed_scale: float | None = None
+    logit_scale: float | None = None
     logit_softcap: float | None = None
+    head: LMHead | ScoreHead | Pooling = PLAIN_HEAD
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        if isinstance(self.head, ScoreHead):
+            return "score"
+        return "embed" if isinstance(self.head, Pooling) else "generate"
 
     @classmethod
     def from_hf(
@@ -83,21 +114,23 @@ class DecoderSpec:
         cfg: HFConfig,
         *,
         layers: Sequence[Layer],
-        final_norm: RMSNorm,
+        final_norm: Norm,
         tied: bool = False,
-        embed_scale: float | None = None,
-        logit_softcap: float | None = None,
+        max_length: int | None = None,
+        **rest: Any,
     ) -> DecoderSpec:
-        """Read the sizes under their usual names; `tied` is the family's default."""
+        """Read the sizes under their usual names; `tied` is the family's default.
+
+        `max_length` is given where its name is another; `rest` are the other attributes.
+        """
         return cls(
             vocab=cfg["vocab_size"],
             d_model=cfg["hidden_size"],
             layers=tuple(layers),
             final_norm=final_norm,
-            max_length=cfg["max_position_embeddings"],
+            max_length=cfg["max_position_embeddings"] if max_length is None else max_length,
             tied=cfg.get("tie_word_embeddings", tied),
-            embed_scale=embed_scale,
-            logit_softcap=logit_softcap,
+            **rest,
         )
 
     def build(self, ctx: BuildContext) -> Decoder:
@@ -107,7 +140,9 @@ class DecoderSpec:
 
 class LayerModule(nnx.Module):
     def __init__(self, spec: Layer, ctx: BuildContext, embed: Axis):
-        def norm(name: str, norm: RMSNorm | None):
+        self.spec = spec
+
+        def norm(name: str, norm: Norm | None):
             return norm.build(ctx.at(name), embed) if norm else None
 
         self.pre_mixer_norm = norm("pre_mixer_norm", spec.norms.pre_mixer)
@@ -120,10 +155,21 @@ class LayerModule(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], batch: ForwardBatch, cache: Cache
     ) -> tuple[Float[Array, "T D"], Cache]:
-        y, cache = self.mixer(_apply(self.pre_mixer_norm, x), batch, cache)
-        x = x + _apply(self.post_mixer_norm, y)
-        y = self.ffn(_apply(self.pre_ffn_norm, x))
-        return x + _apply(self.post_ffn_norm, y), cache
+        spec = self.spec
+        mixed = _apply(self.pre_mixer_norm, x)
+        y, cache = self.mixer(mixed, batch, cache)
+        after_mixer = self._add(mixed if spec.residual_after_norm else x, y, self.post_mixer_norm)
+        if spec.parallel:
+            fed = mixed if self.pre_ffn_norm is None else self.pre_ffn_norm(x)
+        else:
+            fed = _apply(self.pre_ffn_norm, after_mixer)
+        residual = fed if spec.residual_after_norm else after_mixer
+        return self._add(residual, self.ffn(fed), self.post_ffn_norm), cache
+
+    def _add(self, residual: Array, branch: Array, norm) -> Array:
+        branch = _apply(norm, branch)
+        scale = self.spec.branch_scale
+        return residual + (branch if scale is None else branch * scale)
 
 
 def _apply(norm, x):
@@ -142,7 +188,15 @@ class Decoder(nnx.Module):
             [layer.build(inside.at("layers", i), embed) for i, layer in enumerate(spec.layers)]
         )
         self.norm = spec.final_norm.build(inside.at("norm"), embed)
-        self.head = None if spec.tied else Head(ctx, vocab, embed)
+        self.head = self._head(ctx, vocab, embed)
+
+    def _head(self, ctx: BuildContext, vocab: Axis, embed: Axis):
+        head = self.spec.head
+        if isinstance(head, ScoreHead):
+            return head.build(ctx, embed)
+        if isinstance(head, Pooling) or self.spec.tied:
+            return None
+        return head.build(ctx, vocab, embed)
 
     def embed_tokens(self, batch: ForwardBatch) -> Float[Array, "T D"]:
         x = self.embed(batch.tokens)
@@ -167,8 +221,9 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
         """Scores of the vocabulary; places added by sharding are -inf."""
-        x = hidden
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+        if self.spec.logit_scale is not None:
+            logits = logits * self.spec.logit_scale
         if self.spec.logit_softcap is not None:
             logits = jnp.tanh(logits / self.spec.logit_softcap) * self.spec.logit_softcap
         if logits.shape[-1] != self.spec.vocab:
@@ -176,17 +231,50 @@ class Decoder(nnx.Module):
             logits = jnp.where(real, logits, -jnp.inf)
         return logits
 
+    def score(self, hidden: Float[Array, "R D"]) -> Float[Array, "R L"]:
+        """Scores of texts by a `ScoreHead`, from the hidden states of their last tokens."""
+        assert isinstance(self.spec.head, ScoreHead) and self.head is not None
+        return self.head(hidden)
+
+    def outputs(self, hidden: Float[Array, "T D"]) -> Float[Array, "T O"]:
+        """What the model is for, at every token: logits, scores, or the hidden states themselves.
+
+        In float32.
+        """
+        if self.spec.task == "embed":
+            return hidden.astype(jnp.float32)
+        return self.logits(hidden) if self.spec.task == "generate" else self.score(hidden)
+
     def pick(self, hidden: Float[Array, "T D"], batch: ForwardBatch) -> Float[Array, "R D"]:
         """The hidden states of the tokens to sample from, rank by rank."""
+        return self._by_rank(lambda h, at: h[at], hidden, batch.sample_at)
+
+    def read(self, hidden: Float[Array, "T D"], batch: ForwardBatch) -> Float[Array, "R O"]:
+        """What a step adds to the result of each row's text, for models that do not generate.
+
+        Scores, or the hidden state of the row's last or first token in the step, or the sum of all
+        of them, as the head says. In float32.
+        """
+        head, starts = self.spec.head, batch.attention.query_starts
+        if isinstance(head, ScoreHead):
+            return self.score(self.pick(hidden, batch))
+        assert isinstance(head, Pooling)
+        if head.kind == "last":
+            return self.pick(hidden, batch).astype(jnp.float32)
+        read = _first_of_rows if head.kind == "cls" else _sum_of_rows
+        return self._by_rank(read, hidden, starts)
+
+    def _by_rank(self, read, hidden: Array, index: Array) -> Array:
+        """`read(hidden, index)` on each rank's part of both."""
         if self.rules.mesh.size == 1:
-            return hidden[batch.sample_at]
+            return read(hidden, index)
         return jax.shard_map(
-            lambda h, at: h[at],
+            read,
             mesh=self.rules.mesh,
             in_specs=(self.rules.spec("tokens", None), PartitionSpec(DATA)),
             out_specs=self.rules.spec("rows", None),
             check_vma=False,
-        )(hidden, batch.sample_at)
+        )(hidden, index)
 
     @property
     def num_parameters(self) -> int:
@@ -196,6 +284,18 @@ class Decoder(nnx.Module):
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         return tuple(layer.mixer.cache_spec for layer in self.layers)
+
+
+def _first_of_rows(hidden: Float[Array, "T D"], starts: Int[Array, " R+1"]):
+    return hidden[jnp.minimum(starts[:-1], hidden.shape[0] - 1)].astype(jnp.float32)
+
+
+def _sum_of_rows(hidden: Float[Array, "T D"], starts: Int[Array, " R+1"]):
+    num_rows = starts.shape[0] - 1
+    index = jnp.arange(hidden.shape[0], dtype=starts.dtype)
+    row = jnp.searchsorted(starts[1:], index, side="right", method="compare_all")
+    # Padding belongs to row R, which is dropped.
+    return jax.ops.segment_sum(hidden.astype(jnp.float32), row, num_rows, indices_are_sorted=True)
 
 
 def placements(model: nnx.Module) -> dict[tuple, Placed]:

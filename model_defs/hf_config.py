@@ -64,6 +64,11 @@ class HFConfig:
         value = self.raw.get(key)
         return default if value is None else value
 
+    def nullable(self, key: str, default: Any) -> Any:
+        """Read `key`; a missing one gives `default`, null switches the feature off (None)."""
+        self._read.add(key)
+        return self.raw.get(key, default)
+
     def expect(self, key: str, *allowed: Any) -> None:
         """Read `key` where only some values are implemented; absent or null counts as allowed."""
         self._read.add(key)

@@ -42,6 +42,7 @@ class CacheSpec:
     """What one layer keeps per token.
 
     `num_kv_heads` counts heads as placed on the mesh (replicated and padded heads included).
+    `shared_kv`: the first `v_head_dim` numbers of a key are its value, which is not kept again.
     """
 
     kind: str  # "paged"
@@ -50,11 +51,13 @@ class CacheSpec:
     v_head_dim: int
     dtype: np.dtype
     window: int | None = None
+    shared_kv: bool = False
 
     @property
     def token_bytes(self) -> int:
         """Bytes per token over the whole mesh."""
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
+        width = self.head_dim if self.shared_kv else self.head_dim + self.v_head_dim
+        return self.num_kv_heads * width * self.dtype.itemsize
 
 
 Cache = Any  # opaque to everyone but the kernel that reads it

@@ -4,6 +4,7 @@ Touvron et al. 2023 (arXiv:2302.13971), Grattafiori et al. 2024 (arXiv:2407.2178
 """
 
 from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.heads import embeds, scores
 from model_defs.hf_config import HFConfig
 from model_defs.layers.attention import GQA, head_dim_from_hf
 from model_defs.layers.mlp import MLP
@@ -78,9 +79,22 @@ def llama(cfg: HFConfig) -> DecoderSpec:
         mixer=GQA.from_hf(
             cfg, position=rope_from_hf(cfg, head_dim_from_hf(cfg)), qkv_bias=bias, out_bias=bias
         ),
-        ffn=MLP(
-            cfg["intermediate_size"], cfg.get("hidden_act", "silu"), cfg.get("mlp_bias", False)
-        ),
+        ffn=MLP.from_hf(cfg, bias=cfg.get("mlp_bias", False)),
         norms=PreNorm(norm),
     )
     return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+
+
+scores(
+    llama,
+    "LlamaForSequenceClassification",
+    examples=("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",),
+    tiny=({**TINY, "num_labels": 1}, {**TINY, "tie_word_embeddings": True, "num_labels": 3}),
+)
+embeds(
+    llama,
+    "LlamaModel",
+    "LlamaEmbeddingModel",
+    examples=("meta-llama/Llama-3.2-1B",),
+    tiny=(TINY,),
+)

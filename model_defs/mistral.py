@@ -1,6 +1,7 @@
 """Mistral 7B, NeMo and Small 3: Llama with an optional sliding window (arXiv:2310.06825)."""
 
 from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.heads import embeds
 from model_defs.hf_config import HFConfig
 from model_defs.layers.attention import GQA, head_dim_from_hf
 from model_defs.layers.mlp import MLP
@@ -34,7 +35,15 @@ def mistral(cfg: HFConfig) -> DecoderSpec:
             position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
             window=cfg["sliding_window"],  # absent is not null: the reference then takes 4096
         ),
-        ffn=MLP(cfg["intermediate_size"], cfg.get("hidden_act", "silu")),
+        ffn=MLP.from_hf(cfg),
         norms=PreNorm(norm),
     )
     return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+
+
+embeds(
+    mistral,
+    "MistralModel",
+    examples=("intfloat/e5-mistral-7b-instruct",),
+    tiny=({**TINY, "sliding_window": 8},),
+)

@@ -67,7 +67,7 @@ def phi3(cfg: HFConfig) -> DecoderSpec:
             position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
             window=cfg.get("sliding_window"),
         ),
-        ffn=MLP(cfg["intermediate_size"], cfg.get("hidden_act", "silu")),
+        ffn=MLP.from_hf(cfg),
         norms=PreNorm(norm),
     )
     cfg.get("original_max_position_embeddings")

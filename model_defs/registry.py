@@ -15,14 +15,15 @@ import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from model_defs.decoder import DecoderSpec
+from model_defs.decoder import DecoderSpec, Task
 from model_defs.hf_config import HFConfig, UnsupportedConfig
 from model_defs.weights import Rule
 
 ENTRY_POINT_GROUP = "jaxserve.models"
 
+Reference = Literal["transformers", "original"]
 Build = Callable[[HFConfig], DecoderSpec]
 Weights = Sequence[Rule] | Callable[[HFConfig], Sequence[Rule]]
 
@@ -40,6 +41,9 @@ class Family:
         examples: hub ids.
         tiny: fields of a small config for tests.
         home: the file it is declared in, for errors.
+        task: what its models are for.
+        reference: what the tests compare it with: transformers' class, or stored outputs of the
+            original code or a transcription of it; None: they do not.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Family:
     examples: tuple[str, ...] = ()
     tiny: tuple[Mapping[str, Any], ...] = ()
     home: str = ""
+    task: Task = "generate"
+    reference: Reference | None = None
 
     def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
         """Build the spec of a `config.json` under strict reading.
@@ -66,7 +72,11 @@ class Family:
 
     def rules(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
         """The weight rules of a `config.json`."""
-        return tuple(self.weights(self._config(config)) if callable(self.weights) else self.weights)
+        return self.weight_rules(self._config(config))
+
+    def weight_rules(self, cfg: HFConfig) -> tuple[Rule, ...]:
+        """The weight rules, for those who have a config reader already."""
+        return tuple(self.weights(cfg) if callable(self.weights) else self.weights)
 
     def _config(self, config: Mapping[str, Any]) -> HFConfig:
         return HFConfig(config, (config.get("architectures") or [self.architectures[0]])[0])
@@ -111,6 +121,10 @@ class _Registry:
         for architecture in family.architectures:
             self._models[architecture] = family
 
+    def built_by(self, build: Build) -> Family:
+        """The family, registered already, whose builder is `build`."""
+        return next(family for family in self._models.values() if family.build is build)
+
 
 def _load(entry: importlib.metadata.EntryPoint) -> object:
     try:
@@ -133,8 +147,13 @@ def register(
     ignored: Sequence[str] = (),
     examples: Sequence[str] = (),
     tiny: Sequence[Mapping[str, Any]] = (),
+    reference: Reference | None = None,
 ) -> Callable[[Build], Build]:
-    """Declare a family: decorate the function that turns its config into a spec."""
+    """Declare a family: decorate the function that turns its config into a spec.
+
+    Args:
+        reference: as in `Family`; without it transformers, where there are `tiny` configs.
+    """
 
     def add(build: Build) -> Build:
         ModelRegistry.add(
@@ -146,6 +165,7 @@ def register(
                 ignored=tuple(ignored),
                 examples=tuple(examples),
                 tiny=tuple(tiny),
+                reference=reference or ("transformers" if tiny else None),
                 home=build.__module__.replace(".", "/") + ".py",
             )
         )

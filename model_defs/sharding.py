@@ -7,6 +7,7 @@ axis, and how an axis that does not divide evenly is padded or replicated so tha
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,24 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-DATA, TENSOR = "data", "tensor"
+DATA, EXPERT, TENSOR = "data", "expert", "tensor"
+# Both axes over which one copy of the model is split. What is not an expert goes over the two
+# together, so the number of devices that share the experts changes nothing for the other layers.
+MODEL = (EXPERT, TENSOR)
 
-# Logical axes that are split, and over which mesh axis. Every other axis is replicated.
-TENSOR_PARALLEL: Mapping[str, str] = {
+MeshAxis = str | tuple[str, ...]
+
+# Logical axes that are split, and over which mesh axes. Every other axis is replicated.
+SPLIT: Mapping[str, MeshAxis] = {
     "tokens": DATA,
     "rows": DATA,
     "pages": DATA,
-    "q_heads": TENSOR,
-    "kv_heads": TENSOR,
-    "ffn": TENSOR,
-    "vocab": TENSOR,
+    "q_heads": MODEL,
+    "kv_heads": MODEL,
+    "ffn": MODEL,
+    "vocab": MODEL,
+    "experts": EXPERT,
+    "expert_ffn": TENSOR,
 }
 
 
@@ -97,14 +105,17 @@ class ShardingRules:
     """
 
     mesh: Mesh | AbstractMesh
-    table: tuple[tuple[str, str], ...] = tuple(TENSOR_PARALLEL.items())
+    table: tuple[tuple[str, MeshAxis], ...] = tuple(SPLIT.items())
 
-    def mesh_axis(self, axis: str | None) -> str | None:
+    def mesh_axis(self, axis: str | None) -> MeshAxis | None:
+        """The mesh axis, or several, that a logical axis is split over."""
         return dict(self.table).get(axis) if axis else None
 
     def shards(self, axis: str | None) -> int:
-        name = self.mesh_axis(axis)
-        return self.mesh.shape[name] if name else 1
+        """The number of parts a logical axis is split into."""
+        names = self.mesh_axis(axis) or ()
+        names = (names,) if isinstance(names, str) else names
+        return math.prod(self.mesh.shape[name] for name in names)
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         return PartitionSpec(*(self.mesh_axis(axis) for axis in axes))
@@ -124,12 +135,19 @@ class ShardingRules:
         return -(-axis.size // shards) * shards
 
 
-def make_mesh(dp_size: int, tp_size: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, tensor) mesh over the first `dp_size * tp_size` devices.
+def make_mesh(
+    dp_size: int, tp_size: int, devices: Sequence[Any] | None = None, *, ep_size: int = 1
+) -> Mesh:
+    """A (data, expert, tensor) mesh over the first `dp_size * tp_size` devices.
+
+    Args:
+        tp_size: devices of one copy of the model: expert times tensor.
+        ep_size: groups of them that keep different experts; inside a group each is split.
 
     Raises:
-        ValueError: fewer devices than asked for.
+        ValueError: fewer devices than asked for, or `ep_size` does not divide `tp_size`.
     """
+    shape = _mesh_shape(dp_size, tp_size, ep_size)
     devices = jax.devices() if devices is None else devices
     count = dp_size * tp_size
     if len(devices) < count:
@@ -137,9 +155,19 @@ def make_mesh(dp_size: int, tp_size: int, devices: Sequence[Any] | None = None) 
             f"--dp-size {dp_size} x --tp-size {tp_size} needs {count} devices, "
             f"{len(devices)} found ({devices[0].platform}). Lower them."
         )
-    return Mesh(np.array(devices[:count]).reshape(dp_size, tp_size), (DATA, TENSOR))
+    return Mesh(np.array(devices[:count]).reshape(shape), (DATA, *MODEL))
 
 
-def make_abstract_mesh(dp_size: int, tp_size: int) -> AbstractMesh:
+def make_abstract_mesh(dp_size: int, tp_size: int, *, ep_size: int = 1) -> AbstractMesh:
     """The same mesh without devices, to plan for a machine that is not this one."""
-    return AbstractMesh((dp_size, tp_size), (DATA, TENSOR))
+    return AbstractMesh(_mesh_shape(dp_size, tp_size, ep_size), (DATA, *MODEL))
+
+
+def _mesh_shape(dp_size: int, tp_size: int, ep_size: int) -> tuple[int, int, int]:
+    if tp_size % ep_size:
+        raise ValueError(
+            f"--ep-size {ep_size} does not divide --tp-size {tp_size}: the devices of one copy of "
+            f"the model are shared out to groups of equal size, each with its own experts. "
+            f"Change one of them."
+        )
+    return dp_size, ep_size, tp_size // ep_size

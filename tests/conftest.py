@@ -40,6 +40,15 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--only-run`; `tests/model_defs/conftest.py` says what it selects."""
+    parser.addoption(
+        "--only-run",
+        metavar="MODEL",
+        help="run the tests of one model alone: a family or a hub id (also: ONLY_RUN)",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keep compiled programs in one temporary folder for this run's workers and subprocesses."""

@@ -107,6 +107,11 @@ def _print_grid(console: rich.console.Console, lines: list[tuple[str, ...]]) -> 
     console.print(table)
 
 
+def _axes(axes: str | tuple[str, ...] | None) -> str:
+    """The mesh axes over which one dimension is split."""
+    return axes if isinstance(axes, str) else "+".join(axes or "-")
+
+
 def _cells(row: PlanRow) -> tuple[str, ...]:
     return (
         row.source,
@@ -114,7 +119,7 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
         str(list(row.shape)),
         row.dtype,
         f"{row.array} {list(row.array_shape)}",
-        f"({', '.join(axis or '-' for axis in row.sharding)})",
+        f"({', '.join(map(_axes, row.sharding))})",
     )
 
 

@@ -19,11 +19,31 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from jaxserve.request import FinishReason, InvalidRequest, Request, RequestOutput, SamplingParams
 from jaxserve.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
 
+Task = Literal["generate", "score", "embed"]
+DOES: dict[Task, str] = {
+    "generate": "write text",
+    "score": "score texts",
+    "embed": "embed texts",
+}
+# What to ask a model for, and how to get a server that does something else.
+USE: dict[Task, str] = {
+    "generate": "Use /v1/chat/completions, /v1/completions or /generate.",
+    "score": "Use /classify, /v1/score or /v1/rerank.",
+    "embed": "Use /v1/embeddings. For anything else serve another model, and without "
+    "--is-embedding.",
+}
+RESTART: dict[Task, str] = {
+    "embed": "Start the server with --is-embedding to get this model's embeddings.",
+    "score": "Serve a model with a score head: an architecture such as "
+    "...ForSequenceClassification or ...ForRewardModel.",
+}
 State = Literal["starting", "compiling", "ready", "draining", "dead"]
 DRAIN_POLL_S = 0.02
 JOIN_TIMEOUT_S = 10.0
@@ -41,6 +61,10 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt, or prompt plus asked output, do not fit in the model's context."""
 
 
+class WrongTask(InvalidRequest):
+    """The model that is served is not for this; the message says what is, and the remedy."""
+
+
 class StepEngine(Protocol):
     """What is asked of `jaxserve.engine.engine.Engine` (and of its stand-in in tests)."""
 
@@ -51,7 +75,7 @@ class StepEngine(Protocol):
     @property
     def has_work(self) -> bool: ...
     def add(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, request_id: str
+        self, prompt_token_ids: list[int], sampling: SamplingParams | None, request_id: str
     ) -> Request: ...
     def abort(self, request_id: str) -> bool: ...
     def step(self) -> list[Request]: ...
@@ -90,11 +114,12 @@ class _Update:
 
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
+    result: np.ndarray | None = None  # of a text that was read, with its finish_reason
 
 
 @dataclass(frozen=True)
 class _Add:
-    stream: RequestStream
+    stream: RequestStream | TextRead
 
 
 @dataclass(frozen=True)
@@ -106,9 +131,48 @@ class _Abort:
 class _Tracked:
     """A request the step thread knows, and how many of its output tokens were handed out."""
 
-    stream: RequestStream
+    stream: RequestStream | TextRead
     request: Request
     num_sent: int = 0
+
+
+class TextRead:
+    """A text on its way through a model that writes none; one coroutine waits for its result."""
+
+    def __init__(
+        self, engine: AsyncEngine, prompt_token_ids: Sequence[int], request_id: str
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = list(prompt_token_ids)
+        self.sampling = None
+        self.wants_updates = False
+        self.loop = asyncio.get_running_loop()
+        self._engine = engine
+        self._result: asyncio.Future[np.ndarray] = self.loop.create_future()
+
+    async def result(self) -> np.ndarray:
+        """Wait for scores f32[labels] or an embedding f32[D]; a caller that leaves aborts it.
+
+        Raises:
+            InvalidRequest: the engine refused the text.
+            EngineUnavailable: it was aborted, or the engine has failed.
+        """
+        try:
+            return await self._result
+        except asyncio.CancelledError:
+            self._engine.abort(self.request_id)
+            raise
+
+    def deliver(self, update: _Update | Exception) -> None:
+        """Take what the step thread has for this request; called in the request's loop."""
+        if self._result.done():
+            return
+        if isinstance(update, Exception):
+            self._result.set_exception(update)
+        elif update.result is not None:
+            self._result.set_result(update.result)
+        elif update.finish_reason is not None:
+            self._result.set_exception(EngineUnavailable("the request was aborted."))
 
 
 class RequestStream:
@@ -254,7 +318,7 @@ class AsyncEngine:
         self._error: BaseException | None = None
         self._condition = threading.Condition()  # guards the fields below
         self._commands: collections.deque[_Add | _Abort] = collections.deque()
-        self._active: dict[str, RequestStream] = {}
+        self._active: dict[str, RequestStream | TextRead] = {}
         self._phase: Literal["starting", "ready", "draining", "dead"] = "starting"
         self._is_closing = False
         self._is_settled = threading.Event()  # start-up has ended, well or badly
@@ -334,24 +398,51 @@ class AsyncEngine:
         """
         if self._phase != "ready":
             raise self._unavailable()
+        self.check_task("generate")
         self.check_prompt(prompt_token_ids)
         stream = RequestStream(
             self, prompt_token_ids, sampling, request_id, wants_updates=wants_updates
         )
-        with self._condition:
-            if self._phase != "ready":
-                raise self._unavailable()
-            if request_id in self._active:
-                raise InvalidRequest(f"request id {request_id!r} is in use by another request.")
-            self._active[request_id] = stream
-            self._commands.append(_Add(stream))
-            self._condition.notify()
+        self._hand_over(stream)
         try:
             await stream.admitted()
         except BaseException:  # a cancelled caller will not read the stream
             stream.close()
             raise
         return stream
+
+    async def read(
+        self, task: Task, prompt_token_ids: Sequence[int], request_id: str
+    ) -> np.ndarray:
+        """Read a text and return its scores f32[labels] or its embedding f32[D].
+
+        Args:
+            task: which of both, "score" or "embed".
+            prompt_token_ids, request_id: as in `submit`.
+
+        Raises:
+            InvalidRequest: the text can never be read, or the model is for something else.
+            EngineUnavailable: starting, draining or dead.
+        """
+        if self._phase != "ready":
+            raise self._unavailable()
+        self.check_task(task)
+        self.check_prompt(prompt_token_ids)
+        text = TextRead(self, prompt_token_ids, request_id)
+        self._hand_over(text)
+        return await text.result()
+
+    def _hand_over(self, stream: RequestStream | TextRead) -> None:
+        with self._condition:
+            if self._phase != "ready":
+                raise self._unavailable()
+            if stream.request_id in self._active:
+                raise InvalidRequest(
+                    f"request id {stream.request_id!r} is in use by another request."
+                )
+            self._active[stream.request_id] = stream
+            self._commands.append(_Add(stream))
+            self._condition.notify()
 
     async def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, request_id: str
@@ -373,16 +464,30 @@ class AsyncEngine:
             self._condition.notify()
         return True
 
+    def check_task(self, task: Task) -> None:
+        """Raise WrongTask unless the model is for `task`."""
+        info = self.model_info
+        if info.task == task:
+            return
+        remedy = USE[info.task]
+        if info.task == "generate":
+            remedy = RESTART[task]
+        raise WrongTask(
+            f"{info.architecture} is served to {DOES[info.task]}, not to {DOES[task]}. {remedy}"
+        )
+
     def check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest for a prompt that can never be served."""
         info = self.model_info
         num_prompt = len(prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt has no tokens; send at least one.")
-        if num_prompt >= info.max_model_len:
+        writes = info.task == "generate"
+        if num_prompt + writes > info.max_model_len:
+            together = ", prompt and output together" if writes else ""
             raise ContextLengthExceeded(
                 f"the prompt has {num_prompt} tokens, but the model's context is "
-                f"{info.max_model_len} tokens, prompt and output together. Shorten the prompt."
+                f"{info.max_model_len} tokens{together}. Shorten the prompt."
             )
         wrong = next((i for i in prompt_token_ids if not 0 <= i < info.vocab_size), None)
         if wrong is not None:
@@ -467,7 +572,7 @@ class AsyncEngine:
         with self._condition:
             commands = list(self._commands)
             self._commands.clear()
-        deliveries: list[tuple[RequestStream, _Update | Exception]] = []
+        deliveries: list[tuple[RequestStream | TextRead, _Update | Exception]] = []
         for command in commands:
             if isinstance(command, _Add):
                 stream = command.stream
@@ -489,7 +594,7 @@ class AsyncEngine:
         self._deliver(deliveries)
 
     def _publish(self, tracked: dict[str, _Tracked], requests: Iterable[Request]) -> None:
-        deliveries: list[tuple[RequestStream, _Update | Exception]] = []
+        deliveries: list[tuple[RequestStream | TextRead, _Update | Exception]] = []
         for request in requests:
             entry = tracked.get(request.id)
             if entry is None:  # aborted while its last step ran
@@ -510,9 +615,11 @@ class AsyncEngine:
                     deliveries.append((entry.stream, _Update(new)))
         self._deliver(deliveries)
 
-    def _deliver(self, deliveries: list[tuple[RequestStream, _Update | Exception]]) -> None:
+    def _deliver(
+        self, deliveries: list[tuple[RequestStream | TextRead, _Update | Exception]]
+    ) -> None:
         """Wake each event loop once for all its requests."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Any]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream | TextRead, Any]]] = {}
         for stream, update in deliveries:
             by_loop.setdefault(stream.loop, []).append((stream, update))
         for loop, updates in by_loop.items():
@@ -542,9 +649,11 @@ class AsyncEngine:
 
 def _last_update(entry: _Tracked, reason: FinishReason) -> _Update:
     request = entry.request
-    return _Update(tuple(request.tokens[request.num_prompt + entry.num_sent :]), reason)
+    new = tuple(request.tokens[request.num_prompt + entry.num_sent :])
+    is_whole = reason is not FinishReason.ABORT
+    return _Update(new, reason, request.result if is_whole else None)
 
 
-def _deliver_all(updates: list[tuple[RequestStream, _Update | Exception]]) -> None:
+def _deliver_all(updates: list[tuple[RequestStream | TextRead, _Update | Exception]]) -> None:
     for stream, update in updates:
         stream.deliver(update)

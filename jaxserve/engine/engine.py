@@ -10,9 +10,11 @@ one before it are read:
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import queue
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,20 +24,23 @@ from converters.checkpoint import open_checkpoint
 from converters.interface import Checkpoint, Progress
 from jaxserve.config import ConfigError, EngineConfig, configure_jax, user_cache_dir
 from jaxserve.engine.compile_counter import CompileCounter
-from jaxserve.engine.kv_cache import memory_budget_bytes, pages_that_fit
+from jaxserve.engine.kv_cache import StepMemory, memory_budget_bytes, pages_that_fit
 from jaxserve.engine.loader import (
     build_model,
     dtype_of,
     load_params,
     params_bytes_per_device,
 )
+from jaxserve.engine.reading import finish_read, keep_read
 from jaxserve.engine.runner import InFlight, Runner
+from jaxserve.engine.step_store import StepStore
+from jaxserve.engine.task import family_and_spec, log_embedding
 from jaxserve.engine.warmup import BackgroundCompiler, large_stack_pool
-from jaxserve.request import InvalidRequest, Request, SamplingParams
+from jaxserve.request import NO_SAMPLING, InvalidRequest, Request, SamplingParams
 from jaxserve.scheduler.buckets import Bucket, make_buckets
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.tokenizer import Tokenizer
-from model_defs.registry import family_of
+from model_defs.layers.embedding import Pooling, ScoreHead
 from model_defs.sharding import ShardingRules, make_mesh
 from pallas_kernels.ragged_paged_attention import default_page_size
 
@@ -47,19 +52,31 @@ class PlatformDefaults:
     """What suits a platform when the user does not say.
 
     Attributes:
+        max_texts: rows of a step whose requests are only read.
         full_contexts: the pool grows no larger than this many requests of the full context need.
+        first_tokens: tokens of the bucket to serve with first, where memory is no question; until
+            there are others, prompts are cut to this and decoding is padded to it. None: the
+            largest bucket.
     """
 
     max_rows: int
+    max_texts: int
     max_tokens_per_step: int
     full_contexts: int
+    first_tokens: int | None = None
 
 
 # A CPU's memory is shared with everything else its user runs, so the pool stays small there.
 DEFAULTS = {
-    "cpu": PlatformDefaults(max_rows=16, max_tokens_per_step=512, full_contexts=4),
-    "tpu": PlatformDefaults(max_rows=256, max_tokens_per_step=4096, full_contexts=256),
-    "gpu": PlatformDefaults(max_rows=256, max_tokens_per_step=8192, full_contexts=256),
+    "cpu": PlatformDefaults(
+        max_rows=16, max_texts=64, max_tokens_per_step=512, full_contexts=4, first_tokens=64
+    ),
+    "tpu": PlatformDefaults(
+        max_rows=256, max_texts=256, max_tokens_per_step=4096, full_contexts=256
+    ),
+    "gpu": PlatformDefaults(
+        max_rows=256, max_texts=256, max_tokens_per_step=8192, full_contexts=256
+    ),
 }
 
 
@@ -82,6 +99,23 @@ def step_limits(config: EngineConfig, defaults: PlatformDefaults) -> tuple[int, 
     return rows, tokens
 
 
+def first_bucket(buckets: Sequence[Bucket], max_rows: int, first_tokens: int | None) -> Bucket:
+    """Choose the bucket to serve with first: it holds every row, and `first_tokens` tokens."""
+    for bucket in sorted(buckets):
+        if first_tokens is not None and bucket.rows == max_rows and bucket.tokens >= first_tokens:
+            return bucket
+    return max(buckets)
+
+
+def compile_order(buckets: Sequence[Bucket], first: Bucket) -> list[Bucket]:
+    """Return what to compile behind the first bucket, that which gains most before the rest.
+
+    One request alone decodes in the smallest bucket, a long prompt takes the largest.
+    """
+    ends = (min(buckets), max(buckets))
+    return [b for b in dict.fromkeys((*ends, *sorted(buckets))) if b != first]
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What is being served, and with how much memory."""
@@ -99,10 +133,15 @@ class ModelInfo:
     platform: str
     tp_size: int
     dp_size: int
+    task: str = "generate"  # or "score", "embed"
+    labels: int | None = None  # scores of a text, for "score"
+    embedding_size: int | None = None  # for "embed"
+    is_normalized: bool = False  # embeddings have length 1
+    end_token: int | None = None  # with which a text must end to be scored
 
 
 class Engine:
-    """Load a model and generate from it, step by step.
+    """Load a model and generate from it, or read texts with it, step by step.
 
     Args:
         config: what to load and how.
@@ -131,7 +170,9 @@ class Engine:
         with large_stack_pool(1) as pool:  # the compiler needs no weights: both at once
             sized = pool.submit(self._size_pool, progress)
             self._tokenizer = load_tokenizer(config, checkpoint) if needs_tokenizer else None
-            self.runner.params = load_params(self.runner.model, checkpoint, progress)
+            self.runner.params = load_params(self.runner.model, checkpoint, progress, self._family)
+            if self._guess_pages() == self._max_pages:  # clearing memory takes a while: now
+                self.runner.allocate(self._max_pages)
             self._start_serving(*sized.result(), progress)
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._num_seeds = 0
@@ -162,9 +203,9 @@ class Engine:
         devices = jax.devices(device)
         platform = devices[0].platform
         defaults = DEFAULTS.get(platform, DEFAULTS["gpu"])
-        rules = ShardingRules(make_mesh(config.dp_size, config.tp_size, devices))
-        family = family_of(checkpoint.config)
-        spec = family.spec(checkpoint.config)
+        mesh = make_mesh(config.dp_size, config.tp_size, devices, ep_size=config.ep_size)
+        rules = ShardingRules(mesh)
+        family, spec = family_and_spec(config, checkpoint)
         dtype = dtype_of(config.dtype, checkpoint.config, platform)
         model = build_model(spec, rules, dtype, dtype)
         max_len = config.context_length or spec.max_length
@@ -173,12 +214,18 @@ class Engine:
                 f"--context-length is {max_len}; this model was made for {spec.max_length} tokens "
                 f"(max_position_embeddings). Lower it."
             )
+        self._family = family
+        if spec.task == "embed":
+            log_embedding(checkpoint, spec)
+        if spec.task != "generate":  # rows come and go with every step, so more of them fit
+            defaults = dataclasses.replace(defaults, max_rows=defaults.max_texts)
         max_rows, self._max_tokens = step_limits(config, defaults)
         self.runner = Runner(
             model,
             page_size=config.page_size or default_page_size(platform),
             max_rows=max_rows,
             max_model_len=max_len,
+            store=StepStore.of(config),
         )
         self._max_model_len = max_len
         self._max_pages = self._most_pages(min(max_rows, defaults.full_contexts))
@@ -186,9 +233,12 @@ class Engine:
         self._budget_bytes = memory_budget_bytes(
             mesh.devices.flat[0], config.mem_fraction_static, mesh.size
         )
-        self._all_buckets = make_buckets(self._max_tokens, max_rows)
+        self._all_buckets = make_buckets(
+            self._max_tokens, max_rows, decodes=spec.task == "generate"
+        )
         if config.skip_background_compile:
             self._all_buckets = self._all_buckets[-1:]  # the largest; it holds every batch
+        self._first_bucket = first_bucket(self._all_buckets, max_rows, defaults.first_tokens)
         self._info = {
             "name": config.model_path,
             "architecture": checkpoint.config["architectures"][0],
@@ -197,6 +247,11 @@ class Engine:
             "num_layers": len(spec.layers),
             "num_parameters": model.module.num_parameters,
             "platform": platform,
+            "task": spec.task,
+            "labels": spec.head.labels if isinstance(spec.head, ScoreHead) else None,
+            "embedding_size": spec.d_model if isinstance(spec.head, Pooling) else None,
+            "is_normalized": isinstance(spec.head, Pooling) and spec.head.normalize,
+            "end_token": spec.head.end_token if isinstance(spec.head, ScoreHead) else None,
         }
 
     def _most_pages(self, full_contexts: int) -> int:
@@ -216,66 +271,100 @@ class Engine:
     def _start_serving(
         self,
         num_pages: int,
-        largest: Bucket,
+        first: Bucket,
         compiled: jax.stages.Compiled,
         progress: Progress | None,
     ) -> None:
-        """Allocate the pool, serve with the largest bucket, compile the others behind it."""
-        self.runner.allocate(num_pages)
-        self.runner.install(largest, compiled)
+        """Allocate the pool, serve with the first bucket, compile the others behind it."""
+        if self.runner.num_pages != num_pages:
+            self.runner.allocate(num_pages)
+        self.runner.install(first, compiled)
         self.scheduler = Scheduler(
             num_pages=num_pages,
             page_size=self.runner.page_size,
             max_rows=self.runner.max_rows,
-            max_tokens_per_step=self._max_tokens,
+            max_tokens_per_step=min(self._max_tokens, first.tokens),
             max_model_len=self._max_model_len,
             num_ranks=self.runner.num_ranks,
-            buckets=(largest,),
+            buckets=(first,),
         )
         # Handed over through a queue: the scheduler belongs to the thread that steps.
         self._ready: queue.SimpleQueue[tuple[Bucket, jax.stages.Compiled]] = queue.SimpleQueue()
-        rest = [b for b in self._all_buckets if b != largest]  # decode first: it gains most
         self._compiler = BackgroundCompiler(
-            self.runner, rest, lambda bucket, step: self._ready.put((bucket, step)), progress
+            self.runner,
+            compile_order(self._all_buckets, first),
+            lambda bucket, step: self._ready.put((bucket, step)),
+            progress,
+            fits=self._fits,
+            first=first,
         )
         self.compiles = CompileCounter()
         self._has_all_compiled = False
 
-    def _size_pool(self, progress: Progress | None) -> tuple[int, Bucket, jax.stages.Compiled]:
-        """Compile the largest bucket and size the pool from what the compiler says it needs.
+    def _guess_pages(self) -> int:
+        """Pages a rank can have if the step's temporaries cost nothing."""
+        weights_bytes = params_bytes_per_device(self.runner.model)
+        room = (self._budget_bytes - weights_bytes) // self.runner.page_bytes
+        return max(self.runner.pages_per_row, min(self._max_pages, room))
 
-        The step is compiled for as many pages as weights alone would leave room for; where its
-        temporaries do not fit beside them, once more for the exact number.
+    def _fits(self, memory: StepMemory) -> bool:
+        """Whether a step that needs this can run beside the pool."""
+        return memory.fixed + memory.pages <= self._budget_bytes
+
+    def _size_pool(self, progress: Progress | None) -> tuple[int, Bucket, jax.stages.Compiled]:
+        """Compile the first bucket and size the pool from what the compiler says it needs.
+
+        The step is compiled for as many pages as weights alone would leave room for. Where that is
+        the most a pool may have, and it still fits beside temporaries that grow with the tokens up
+        to the largest bucket, the first bucket will do. Else the largest bucket decides: where its
+        temporaries do not fit, it is compiled once more for the exact number.
 
         Returns:
             the pages a rank can have, the bucket, and its step compiled for that many.
         """
-        bucket = max(self._all_buckets)
         if progress is not None:
-            progress("compiling the largest bucket", 0, 1)
+            progress("compiling the first bucket", 0, 1)
         runner, max_pages = self.runner, self._max_pages
         budget, page_bytes = self._budget_bytes, runner.page_bytes
-        min_pages = runner.pages_per_row
-        weights_bytes = params_bytes_per_device(runner.model)
-        guess = max(min_pages, min(max_pages, (budget - weights_bytes) // page_bytes))
-        compiled, memory = runner.compile(bucket, guess)
-        exact = pages_that_fit(budget, memory, page_bytes, max_pages, min_pages)
-        if exact != guess:
-            compiled, _ = runner.compile(bucket, exact)
+        first, largest = self._first_bucket, max(self._all_buckets)
+        guess = self._guess_pages()
+        if first != largest:
+            weights_bytes = params_bytes_per_device(runner.model)
+            compiled, memory = runner.compile(first, guess)
+            grown = -(-largest.tokens // first.tokens) * (memory.fixed - weights_bytes)
+            if guess < max_pages or weights_bytes + grown + guess * page_bytes > budget:
+                first = largest
+        if first == largest:
+            compiled, memory = runner.compile(largest, guess)
+            exact = pages_that_fit(budget, memory, page_bytes, max_pages, runner.pages_per_row)
+            if exact != guess:
+                compiled, _ = runner.compile(largest, exact)
+            guess = exact
         if progress is not None:
-            progress("compiling the largest bucket", 1, 1)
-        return exact, bucket, compiled
+            progress("compiling the first bucket", 1, 1)
+        return guess, first, compiled
 
     # ---- serving ------------------------------------------------------------------------------
 
     def add(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, request_id: str
+        self, prompt_token_ids: list[int], sampling: SamplingParams | None, request_id: str
     ) -> Request:
         """Queue a request.
 
+        Args:
+            sampling: None for a text to be read; the finished request's `result` is then its
+                scores f32[labels] or its embedding f32[D].
+
         Raises:
-            InvalidRequest: it can never be served (empty or too long a prompt, unknown tokens).
+            InvalidRequest: it can never be served (empty or too long a prompt, unknown tokens), or
+                is not what the model is for.
         """
+        task = self._info["task"]
+        if (sampling is None) != (task != "generate"):
+            raise InvalidRequest(
+                f"{self._info['architecture']} is served for the task {task!r}; a request "
+                f"{'without' if sampling is None else 'with'} sampling parameters is not for it."
+            )
         vocab = self._info["vocab_size"]
         if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab:
             raise InvalidRequest(
@@ -286,14 +375,19 @@ class Engine:
             id=request_id,
             tokens=list(prompt_token_ids),
             num_prompt=len(prompt_token_ids),
-            sampling=sampling,
+            sampling=sampling or NO_SAMPLING,
             eos_ids=frozenset() if self._tokenizer is None else self._tokenizer.eos_ids,
-            seed=self._next_seed() if sampling.seed is None else sampling.seed,
+            seed=self._seed_of(sampling),
+            prefill_only=sampling is None,
         )
         self.scheduler.add(request)
         return request
 
-    def _next_seed(self) -> int:
+    def _seed_of(self, sampling: SamplingParams | None) -> int:
+        if sampling is None:
+            return 0
+        if sampling.seed is not None:
+            return sampling.seed
         self._num_seeds += 1
         return (self.config.random_seed * 1_000_003 + self._num_seeds) & 0xFFFFFFFF
 
@@ -306,7 +400,10 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight)
 
     def step(self) -> list[Request]:
-        """Dispatch one step, collect the one before; returns the requests that got a token."""
+        """Dispatch one step, collect the one before; returns the requests that got a token.
+
+        Of those that are only read, the ones that are finished.
+        """
         self._take_compiled()
         batch = self.scheduler.schedule()
         if batch is not None:
@@ -315,9 +412,18 @@ class Engine:
         touched: list[Request] = []
         keep = 1 if batch is not None and not self.config.disable_overlap_schedule else 0
         while len(self._in_flight) > keep:
-            done = self._in_flight.popleft()
-            touched += self.scheduler.update(done.batch, self.runner.collect(done))
+            touched += self._collect(self._in_flight.popleft())
         return touched
+
+    def _collect(self, done: InFlight) -> list[Request]:
+        spec = self.runner.model.spec
+        if spec.task == "generate":
+            return self.scheduler.update(done.batch, self.runner.collect(done))
+        keep_read(spec, done.batch, self.runner.collect_read(done))
+        finished = self.scheduler.update(done.batch, [[0] * len(rows) for rows in done.batch.ranks])
+        for request in finished:
+            request.result = finish_read(spec, request.result, request.num_prompt)
+        return finished
 
     def _take_compiled(self) -> None:
         if self._has_all_compiled:
@@ -326,7 +432,10 @@ class Engine:
         if not self._ready.empty():
             while not self._ready.empty():
                 self.runner.install(*self._ready.get())
-            self.scheduler.set_buckets(self.runner.buckets)
+            buckets = self.runner.buckets
+            largest = max(bucket.tokens for bucket in buckets)
+            self.scheduler.max_tokens_per_step = min(self._max_tokens, largest)
+            self.scheduler.set_buckets(buckets)
         if is_last:
             self._has_all_compiled = True
             self.compiles.reset()

@@ -52,7 +52,13 @@ def cache_structs(
     return tuple(
         jax.ShapeDtypeStruct(
             cache_shape(
-                num_pages * ranks, page_size, s.num_kv_heads, s.head_dim, s.v_head_dim, s.dtype
+                num_pages * ranks,
+                page_size,
+                s.num_kv_heads,
+                s.head_dim,
+                s.v_head_dim,
+                s.dtype,
+                shared_kv=s.shared_kv,
             ),
             s.dtype,
             sharding=rules.sharding(*cache_axes()),

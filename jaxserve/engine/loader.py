@@ -18,6 +18,7 @@ from converters.interface import Checkpoint, Progress
 from converters.plan import headers_of, weight_rules
 from model_defs.decoder import Decoder, DecoderSpec, canonical_shapes, placements
 from model_defs.layers.linear import BuildContext, Placed
+from model_defs.registry import Family
 from model_defs.sharding import ShardingRules
 from model_defs.weights import WeightPlan, plan
 
@@ -61,16 +62,26 @@ def build_model(
     return Model(spec, module, rules, params, placed, merge)
 
 
-def plan_weights(checkpoint: Checkpoint, module: Decoder) -> WeightPlan:
-    """Match a checkpoint with a module; raises WeightPlanError listing everything that is off."""
-    return plan(weight_rules(checkpoint), headers_of(checkpoint), canonical_shapes(module))
+def plan_weights(
+    checkpoint: Checkpoint, module: Decoder, family: Family | None = None
+) -> WeightPlan:
+    """Match a checkpoint with a module; raises WeightPlanError listing everything that is off.
+
+    Args:
+        family: what the module was made by, if not by the family of the checkpoint's config.
+    """
+    rules = weight_rules(checkpoint, family)
+    return plan(rules, headers_of(checkpoint), canonical_shapes(module))
 
 
 def load_params(
-    model: Model, checkpoint: Checkpoint, progress: Progress | None = None
+    model: Model,
+    checkpoint: Checkpoint,
+    progress: Progress | None = None,
+    family: Family | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Read every parameter onto the mesh in the model's dtype."""
-    weights = plan_weights(checkpoint, model.module)
+    """Read every parameter onto the mesh in the model's dtype; `family` as in `plan_weights`."""
+    weights = plan_weights(checkpoint, model.module, family)
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         return weights.read(name, index, checkpoint.read)

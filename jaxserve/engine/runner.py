@@ -1,4 +1,4 @@
-"""Batches in, tokens out: padding to a bucket, the compiled step, results copied back.
+"""Batches in, tokens or what was read out: padding to a bucket, the compiled step, copying back.
 
 A bucket is compiled once, ahead of time; calling it can never compile again. Dispatch does not
 wait for the device, so the next batch is prepared while this one runs.
@@ -15,9 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.engine.compile_counter import num_fresh_compiles
 from jaxserve.engine.kv_cache import StepMemory, allocate, bytes_per_device, cache_structs
 from jaxserve.engine.loader import Model
-from jaxserve.engine.step import ON_DEVICE, SAMPLES, StepLayout, forward_and_sample
+from jaxserve.engine.step import (
+    ON_DEVICE,
+    SAMPLES,
+    StepLayout,
+    forward_and_read,
+    forward_and_sample,
+)
+from jaxserve.engine.step_store import StepStore, step_key
 from jaxserve.sampling import pack_into
 from jaxserve.scheduler.buckets import Bucket
 from jaxserve.scheduler.scheduler import Batch, Scheduled
@@ -26,10 +34,10 @@ from model_defs.sharding import DATA
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step that was dispatched; `sampled` is on its way to the host."""
+    """A step that was dispatched; `results` are on their way to the host."""
 
     batch: Batch
-    sampled: jax.Array  # i32[ranks, R]
+    results: jax.Array  # tokens i32[ranks, R], or what was read f32[ranks, R, O]
 
 
 class Runner:
@@ -39,6 +47,7 @@ class Runner:
         model: definition; its arrays are set as `params` before the first dispatch.
         max_rows: rows per rank.
         max_model_len: tokens of the longest request.
+        store: where compiled steps are kept between starts; None: nowhere.
     """
 
     def __init__(
@@ -48,8 +57,11 @@ class Runner:
         page_size: int,
         max_rows: int,
         max_model_len: int,
+        store: StepStore | None = None,
     ) -> None:
         self.model = model
+        self._store = store
+        self._unsaved: dict[Bucket, tuple[str, jax.stages.Compiled]] = {}
         self.params: tuple[jax.Array, ...] = ()  # loaded while the first bucket compiles
         self.page_size = page_size
         self.max_rows = max_rows
@@ -67,10 +79,7 @@ class Runner:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of every layer on one device."""
-        specs = self.model.module.cache_specs
-        two = cache_structs(specs, self.model.rules, 2, self.page_size)
-        one = cache_structs(specs, self.model.rules, 1, self.page_size)
-        return bytes_per_device(two) - bytes_per_device(one)
+        return bytes_per_device(self._cache_structs(2)) - bytes_per_device(self._cache_structs(1))
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -83,10 +92,11 @@ class Runner:
     def lower(self, bucket: Bucket, num_pages: int) -> jax.stages.Lowered:
         """Trace one bucket's step for a pool of `num_pages` pages a rank."""
         model, layout = self.model, self.layout(bucket)
-        caches = cache_structs(model.module.cache_specs, model.rules, num_pages, self.page_size)
+        caches = self._cache_structs(num_pages)
         by_rank = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=self._by_rank)
+        forward = forward_and_sample if model.spec.task == "generate" else forward_and_read
         step = jax.jit(
-            partial(forward_and_sample, model.merge, layout, model.rules),
+            partial(forward, model.merge, layout, model.rules),
             donate_argnums=(1, 2),
             out_shardings=(self._by_rank, self._by_rank, tuple(c.sharding for c in caches)),
         )
@@ -98,14 +108,51 @@ class Runner:
         )
 
     def compile(self, bucket: Bucket, num_pages: int) -> tuple[jax.stages.Compiled, StepMemory]:
-        """Compile one bucket; may be called from several threads."""
+        """Load one bucket's step from the store, else compile it; several threads may call this."""
         start_s = time.perf_counter()
-        compiled = self.lower(bucket, num_pages).compile()
+        key = None if self._store is None else self._step_key(bucket, num_pages)
+        compiled = None if key is None else self._load(key, num_pages)
+        if compiled is None:
+            before = num_fresh_compiles()
+            compiled = self.lower(bucket, num_pages).compile()
+            if key is not None and num_fresh_compiles() > before:
+                self._unsaved[bucket] = (key, compiled)
         self.compile_s[bucket] = time.perf_counter() - start_s
-        caches = cache_structs(
-            self.model.module.cache_specs, self.model.rules, num_pages, self.page_size
+        return compiled, StepMemory.of(compiled, bytes_per_device(self._cache_structs(num_pages)))
+
+    def save_compiled(self, bucket: Bucket) -> None:
+        """Keep a step that had to be compiled; apart, so that serving need not wait for it."""
+        unsaved = self._unsaved.pop(bucket, None)
+        if unsaved is not None and self._store is not None:
+            self._store.save(*unsaved)
+
+    def _step_key(self, bucket: Bucket, num_pages: int) -> str | None:
+        """Name a bucket's step by all that `lower` reads."""
+        model = self.model
+        parts = (
+            model.spec,
+            model.rules,
+            [(p.shape, p.dtype, p.sharding) for p in model.params],
+            [(c.shape, c.dtype, c.sharding) for c in self._cache_structs(num_pages)],
+            self.layout(bucket),
+            (self.num_ranks, self.max_rows, self.page_size),
         )
-        return compiled, StepMemory.of(compiled, bytes_per_device(caches))
+        return step_key(parts, self._devices)
+
+    def _load(self, key: str, num_pages: int) -> jax.stages.Compiled | None:
+        assert self._store is not None
+        caches = self._cache_structs(num_pages)
+        in_tree = jax.tree.structure(((self.model.params, caches, 0, 0), {}))
+        out_tree = jax.tree.structure((0, 0, caches))
+        return self._store.load(key, in_tree, out_tree, self._devices)
+
+    @property
+    def _devices(self) -> list[jax.Device]:
+        return list(self.model.rules.mesh.devices.flat)
+
+    def _cache_structs(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        specs = self.model.module.cache_specs
+        return cache_structs(specs, self.model.rules, num_pages, self.page_size)
 
     def install(self, bucket: Bucket, compiled: jax.stages.Compiled) -> None:
         """Make a compiled bucket available to `dispatch`."""
@@ -115,8 +162,7 @@ class Runner:
     def allocate(self, num_pages: int) -> None:
         """Create the caches: `num_pages` pages on each rank."""
         self.num_pages = num_pages
-        specs = self.model.module.cache_specs
-        self._caches = allocate(cache_structs(specs, self.model.rules, num_pages, self.page_size))
+        self._caches = allocate(self._cache_structs(num_pages))
         self._last_tokens = jax.device_put(
             np.zeros((self.num_ranks, self.max_rows), np.int32), self._by_rank
         )
@@ -124,16 +170,20 @@ class Runner:
     def dispatch(self, batch: Batch) -> InFlight:
         """Start a step; returns at once."""
         packed = self.pack(batch)
-        sampled, self._last_tokens, self._caches = self._steps[batch.bucket](
+        results, self._last_tokens, self._caches = self._steps[batch.bucket](
             self.params, self._caches, self._last_tokens, jax.device_put(packed, self._by_rank)
         )
-        sampled.copy_to_host_async()
-        return InFlight(batch, sampled)
+        results.copy_to_host_async()
+        return InFlight(batch, results)
 
     def collect(self, step: InFlight) -> list[list[int]]:
         """Wait for a step's tokens: per rank, one per scheduled row."""
-        sampled = np.asarray(step.sampled).tolist()
+        sampled = np.asarray(step.results).tolist()
         return [row[: len(rank)] for row, rank in zip(sampled, step.batch.ranks, strict=True)]
+
+    def collect_read(self, step: InFlight) -> np.ndarray:
+        """Wait for what a step of a model without output tokens gives: f32[ranks, R, O]."""
+        return np.asarray(step.results)
 
     def close(self) -> None:
         """Free the arrays on the device; nothing can be dispatched afterwards."""

@@ -136,6 +136,31 @@ def forward_and_sample(
     return sampled, last_tokens, caches
 
 
+def forward_and_read(
+    merge: Callable[[tuple[jax.Array, ...]], Decoder],
+    layout: StepLayout,
+    rules: ShardingRules,
+    params: tuple[jax.Array, ...],
+    caches: Caches,
+    last_tokens: jax.Array,
+    packed: jax.Array,
+) -> tuple[jax.Array, jax.Array, Caches]:
+    """Run one step of a model that reads texts and writes none.
+
+    Args:
+        as of `forward_and_sample`.
+
+    Returns:
+        f32[ranks, R, O], what the step adds to each row's result (see `Decoder.read`), last_tokens
+        as they were, the new caches.
+    """
+    model = merge(params)
+    batch, _, _ = step_inputs(layout, rules, packed, last_tokens)
+    hidden, caches = model(batch, caches)
+    values = rules.constrain(model.read(hidden, batch), "rows", None)
+    return values.reshape(packed.shape[0], layout.bucket.rows, -1), last_tokens, caches
+
+
 def forward_layers(
     merge: Callable[[tuple[jax.Array, ...]], Decoder],
     layout: StepLayout,
@@ -144,10 +169,11 @@ def forward_layers(
     caches: Caches,
     packed: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], jax.Array, Caches]:
-    """The same forward pass, showing its inside: every layer's output and every token's logits.
+    """The same forward pass, showing its inside: every layer's and every token's output.
 
     Returns:
-        per layer `[T, D]` of the residual stream, logits `f32[T, V]`, the new caches.
+        per layer `[T, D]` of the residual stream; logits `f32[T, V]` (scores or hidden states where
+        the model is for these); the new caches.
     """
     model = merge(params)
     last_tokens = jnp.zeros((packed.shape[0], 1), jnp.int32)
@@ -156,6 +182,6 @@ def forward_layers(
     hidden = model.norm(outputs[-1][0])
     return (
         tuple(x for x, _ in outputs),
-        model.logits(hidden).astype(jnp.float32),
+        model.outputs(hidden).astype(jnp.float32),
         tuple(cache for _, cache in outputs),
     )

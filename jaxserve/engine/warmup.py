@@ -1,4 +1,4 @@
-"""Compiling every bucket: the largest first, so that the engine can serve; the rest behind it."""
+"""Compiling every bucket behind the first one, with which the engine serves already."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from converters.interface import Progress
+from jaxserve.engine.kv_cache import StepMemory
 from jaxserve.engine.runner import Runner
 from jaxserve.scheduler.buckets import Bucket
 
@@ -39,6 +40,8 @@ class BackgroundCompiler:
 
     Args:
         on_ready: called from a compile thread with the bucket and its executable.
+        fits: whether a step that needs this much memory can run; else it is left out.
+        first: the bucket that serves already; it is stored once the first of `buckets` is there.
     """
 
     def __init__(
@@ -47,7 +50,11 @@ class BackgroundCompiler:
         buckets: Sequence[Bucket],
         on_ready: Callable[[Bucket, object], None],
         progress: Progress | None,
+        *,
+        fits: Callable[[StepMemory], bool],
+        first: Bucket,
     ) -> None:
+        self._fits = fits
         self._runner = runner
         self._on_ready = on_ready
         self._progress = progress
@@ -59,19 +66,29 @@ class BackgroundCompiler:
         platform = runner.model.rules.mesh.devices.flat[0].platform
         self._pool = large_stack_pool(COMPILE_THREADS.get(platform, 4))
         self._futures: list[Future] = [
-            self._pool.submit(self._compile, bucket) for bucket in buckets
+            self._pool.submit(self._compile, bucket) for bucket in buckets[:1]
         ]
+        # Stored by the same threads: a store must not slow down what the engine waits for.
+        self._futures.append(self._pool.submit(self._save, first))
+        self._futures += [self._pool.submit(self._compile, bucket) for bucket in buckets[1:]]
 
     def _compile(self, bucket: Bucket) -> None:
         if self._stop.is_set():
             return
         try:
-            compiled, _ = self._runner.compile(bucket, self._runner.num_pages)
+            compiled, memory = self._runner.compile(bucket, self._runner.num_pages)
         except BaseException as error:
             self.error = error
             logger.exception("compiling %s failed; larger buckets serve instead", bucket)
             return
-        self._on_ready(bucket, compiled)
+        if self._fits(memory):
+            self._on_ready(bucket, compiled)
+        else:
+            logger.warning(
+                "the step for %s is left out: beside the pool it needs %.2f GiB, over the limit",
+                bucket,
+                memory.fixed / 2**30,
+            )
         with self._lock:
             self.done += 1
             done = self.done
@@ -83,6 +100,12 @@ class BackgroundCompiler:
                 done,
                 time.perf_counter() - self._start_s,
             )
+
+        self._save(bucket)
+
+    def _save(self, bucket: Bucket) -> None:
+        if not self._stop.is_set():
+            self._runner.save_compiled(bucket)
 
     @property
     def is_done(self) -> bool:

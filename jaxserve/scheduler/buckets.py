@@ -19,8 +19,10 @@ class Bucket:
         return f"{self.tokens}x{self.rows}"
 
 
-def make_buckets(max_tokens: int, max_rows: int) -> tuple[Bucket, ...]:
+def make_buckets(max_tokens: int, max_rows: int, *, decodes: bool = True) -> tuple[Bucket, ...]:
     """Return the buckets to compile, in ascending order; the last one holds every batch.
+
+    Without `decodes` there are mixed buckets only: no request has a second step of one token.
 
     Decode buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for powers
     of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little: only
@@ -34,8 +36,8 @@ def make_buckets(max_tokens: int, max_rows: int) -> tuple[Bucket, ...]:
             f"buckets need 1 <= max_rows <= max_tokens, but max_rows={max_rows} and "
             f"max_tokens={max_tokens}: every running row must get a token in every step."
         )
-    decode = {Bucket(rows, rows) for rows in _doubling(1, max_rows)}
-    smallest = min(max_tokens, max(_SMALLEST_MIXED, 2 * max_rows))
+    decode = {Bucket(rows, rows) for rows in _doubling(1, max_rows)} if decodes else set()
+    smallest = min(max_tokens, max(_SMALLEST_MIXED, 2 * max_rows if decodes else 0))
     mixed = {Bucket(tokens, max_rows) for tokens in _doubling(smallest, max_tokens)}
     return tuple(sorted(decode | mixed))
 

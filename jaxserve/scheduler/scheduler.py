@@ -68,23 +68,24 @@ class SchedulerStats:
 class _Rank:
     """The pages and row slots of one data-parallel rank, and who has them."""
 
-    __slots__ = ("ended", "free_rows", "index", "pool", "running")
+    __slots__ = ("ended", "free_rows", "index", "num_growing", "pool", "running")
 
     def __init__(self, index: int, num_pages: int, max_rows: int) -> None:
         self.index = index
         self.pool = PagePool(num_pages)
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self.running: list[Request] = []  # by arrival
+        self.num_growing = 0  # of these, the ones that generate
         self.ended: list[Request] = []  # their last token is scheduled; pages go at the next step
 
     def room(self, num_pages: int) -> tuple[int, int] | None:
         """Return (free pages, free rows) if a request of `num_pages` may start here, else None.
 
-        It may when one page for each running row is left over. Otherwise it would soon be
-        preempted by them, and all its work done again.
+        It may when one page for each running row that generates is left over. Otherwise it would
+        soon be preempted by them, and all its work done again.
         """
         num_free = self.pool.num_free
-        if not self.free_rows or num_free < num_pages + len(self.running):
+        if not self.free_rows or num_free < num_pages + self.num_growing:
             return None
         return num_free, len(self.free_rows)
 
@@ -94,10 +95,12 @@ class _Rank:
         request.row = self.free_rows.pop()
         request.status = Status.RUNNING
         insort(self.running, request, key=_arrival)
+        self.num_growing += not request.prefill_only
 
     def release(self, request: Request) -> None:
         """Free a running request's pages and row slot at once."""
         del self.running[_find(self.running, request)]
+        self.num_growing -= not request.prefill_only
         self.pool.release(request.pages)
         self.free_rows.append(request.row)
         request.pages = []
@@ -126,7 +129,7 @@ class _Plan:
         samples = request.num_computed == total
         if samples:
             request.num_pending += 1
-            if total + 1 >= request.max_len:
+            if request.prefill_only or total + 1 >= request.max_len:
                 self.rank.ended.append(request)
         rows = self.single if num_new == 1 else self.chunks
         rows.append(Scheduled(request, start, num_new, samples, start >= num_known))
@@ -241,14 +244,24 @@ class Scheduler:
             raise InvalidRequest(f"request id {request.id!r} is in use by another request.")
         if num_prompt == 0:
             raise InvalidRequest("the prompt has no tokens; send at least one.", field="prompt")
-        if num_prompt >= self.max_model_len:
+        if num_prompt + (not request.prefill_only) > self.max_model_len:
+            together = "" if request.prefill_only else ", prompt and output together"
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens, but the context is {self.max_model_len} "
-                "tokens, prompt and output together. Shorten the prompt or raise --context-length.",
+                f"tokens{together}. Shorten the prompt or raise --context-length.",
                 field="prompt",
             )
-        # The last token of all is never computed, so it needs no place in a page.
         in_pages = self.num_pages * self.page_size
+        if request.prefill_only:
+            if num_prompt > in_pages:
+                raise NoPagesLeft(
+                    f"the text needs {self._pages_for(num_prompt)} pages of {self.page_size} "
+                    f"tokens, the pool has {self.num_pages}. Shorten it, or raise "
+                    "--mem-fraction-static or --max-total-tokens.",
+                    field="prompt",
+                )
+            return num_prompt
+        # The last token of all is never computed, so it needs no place in a page.
         if max_tokens is None:
             longest = min(self.max_model_len, max(in_pages, num_prompt) + 1)
         else:
@@ -300,6 +313,8 @@ class Scheduler:
     def update(self, batch: Batch, sampled: Sequence[Sequence[int]]) -> list[Request]:
         """Take the tokens a step has sampled; returns the requests that got one.
 
+        A prefill-only request gets none; it is returned when its last token was computed.
+
         batch: the oldest one not yet updated.
         sampled: for each rank one token per row, in order; padding may follow, and what stands at
             a row that does not sample is ignored, as are rows of requests finished meanwhile.
@@ -313,6 +328,10 @@ class Scheduler:
             for row, token in zip(rows, tokens, strict=False):
                 request = row.request
                 if not row.samples or request.status is Status.FINISHED:
+                    continue
+                if request.prefill_only:
+                    touched.append(request)
+                    self._finish(request, FinishReason.STOP, now_s)
                     continue
                 token = int(token)
                 request.tokens.append(token)
@@ -403,6 +422,7 @@ class Scheduler:
             rank.pool.check_integrity(request.pages for request in running)
             rows = [*rank.free_rows, *(request.row for request in running)]
             assert sorted(rows) == list(range(self.max_rows)), f"row slots in use or free: {rows}"
+            assert rank.num_growing == sum(not request.prefill_only for request in running)
             for request in running:
                 assert request.rank == rank.index and request.status is Status.RUNNING
                 assert len(request.pages) >= self._pages_for(request.num_computed)

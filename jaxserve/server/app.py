@@ -12,6 +12,7 @@ from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.server.errors import APIError, install_error_handlers
 from jaxserve.server.native_api import native_router
 from jaxserve.server.openai_api import openai_router
+from jaxserve.server.reading_api import reading_router
 from jaxserve.server.service import Service
 from jaxserve.tokenizer import load_chat_template
 from jaxserve.version import __version__
@@ -33,6 +34,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     )
     app.include_router(openai_router(service))
     app.include_router(native_router(service))
+    app.include_router(reading_router(service))
     install_error_handlers(app)
     if config.api_key is not None:
         app.add_middleware(RequireKey, api_key=config.api_key)

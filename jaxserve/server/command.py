@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import importlib
 import logging
 import socket
@@ -40,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
     if server_config.trust_remote_code:
         logger.info("--trust-remote-code is not needed: code in a checkpoint is never executed")
     check_port(server_config.host, server_config.port)
-    # Deferred: JAX and the web framework should not delay `--help` and the checks above.
+    # Hundreds of modules make many objects and no garbage: looking for it takes a tenth of a start.
+    # jaxserve.server.loop turns it on again.
+    gc.disable()
+    # Deferred: JAX should not delay `--help` and the checks above.
     server = importlib.import_module("jaxserve.server.run")
     return server.run_server(engine_config, server_config)
 

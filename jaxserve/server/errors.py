@@ -89,7 +89,8 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         messages = {
             404: f"there is no route {request.url.path}. See /v1/models, /v1/chat/completions, "
-            "/v1/completions, /generate, /health.",
+            "/v1/completions, /generate, /v1/embeddings, /classify, /v1/score, /v1/rerank, "
+            "/health.",
             405: f"{request.url.path} does not take {request.method}.",
         }
         message = messages.get(error.status_code, str(error.detail))

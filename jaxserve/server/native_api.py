@@ -32,6 +32,7 @@ def native_router(service: Service) -> APIRouter:
     async def generate(request: Request) -> Response:
         body = await read_body(request, GenerateBody)
         body.check()
+        engine.check_task("generate")
         jobs = await _generate_jobs(service, body)
         as_list = body.is_batch or jobs[0].num_choices > 1
         if not body.stream:
@@ -58,6 +59,8 @@ def native_router(service: Service) -> APIRouter:
     @router.get("/health_generate")
     async def health_generate(request: Request) -> Response:
         prompt = engine.tokenizer.encode(HEALTH_PROMPT)
+        if engine.model_info.task != "generate":
+            return await answer(request, _one_text(service, prompt))
         sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         job = Job(new_id("health"), prompt, sampling)
         return await answer(request, _one_token(service, job))
@@ -88,7 +91,7 @@ def _model_info(service: Service) -> dict[str, Any]:
     return {
         "model_path": service.engine.model_info.name,
         "served_model_name": service.model_name,
-        "is_generation": True,
+        "is_generation": service.engine.model_info.task == "generate",
         "has_chat_template": service.chat_template is not None
         or service.engine.tokenizer.has_chat_template,
         "preferred_sampling_params": dict(service.default_sampling),
@@ -155,6 +158,11 @@ async def _events(
             result = _result(streams[index], output, texts[index], token_ids[index], started_s)
             yield event({**result, "index": index} if as_list else result)
     yield DONE
+
+
+async def _one_text(service: Service, prompt: list[int]) -> JSONResponse:
+    await service.read(service.engine.model_info.task, [prompt], [new_id("health")])
+    return JSONResponse({"state": service.engine.state})
 
 
 async def _one_token(service: Service, job: Job) -> JSONResponse:

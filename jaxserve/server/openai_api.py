@@ -47,6 +47,7 @@ def openai_router(service: Service) -> APIRouter:
         body = await read_body(request, CompletionBody)
         body.check()
         service.check_model(body.model)
+        service.engine.check_task("generate")
         jobs = await _completion_jobs(service, body)
         return await _respond(service, request, body, jobs, Completions(service.model_name))
 
@@ -55,6 +56,7 @@ def openai_router(service: Service) -> APIRouter:
         body = await read_body(request, ChatBody)
         body.check()
         service.check_model(body.model)
+        service.engine.check_task("generate")
         jobs = [await _chat_job(service, body)]
         return await _respond(service, request, body, jobs, ChatCompletions(service.model_name))
 

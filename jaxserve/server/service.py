@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 from starlette.requests import Request
 
 from jaxserve.config import ServerConfig
-from jaxserve.engine.async_engine import AsyncEngine, RequestStream
-from jaxserve.request import InvalidRequest, SamplingParams
+from jaxserve.engine.async_engine import AsyncEngine, RequestStream, Task
+from jaxserve.request import InvalidRequest, SamplingParams, with_end
 from jaxserve.server.errors import APIError, bad_request, to_api_error
 from jaxserve.server.protocol import Body, TokenIds
 
@@ -80,6 +81,7 @@ class Service:
             encode = self.engine.tokenizer.encode
             is_long = len(prompt) > LONG_TEXT_CHARS
             prompt = await asyncio.to_thread(encode, prompt) if is_long else encode(prompt)
+            prompt = self._ended(prompt)
         self.check_prompt(prompt, param=param)
         return prompt
 
@@ -90,6 +92,28 @@ class Service:
         )
         self.check_prompt(token_ids, param="messages")
         return token_ids
+
+    async def encode_conversation(
+        self, messages: Sequence[Mapping[str, str]], *, param: str
+    ) -> TokenIds:
+        """Return the token ids of a conversation that is read as a whole."""
+        token_ids = await asyncio.to_thread(
+            self.engine.tokenizer.encode_chat,
+            messages,
+            chat_template=self.chat_template,
+            asks_for_answer=False,
+        )
+        token_ids = self._ended(token_ids)
+        self.check_prompt(token_ids, param=param)
+        return token_ids
+
+    def encode_pair(self, first: str, second: str) -> TokenIds:
+        """Return the token ids of two texts in one, unchecked."""
+        return self._ended(self.engine.tokenizer.encode_pair(first, second))
+
+    def _ended(self, token_ids: TokenIds) -> TokenIds:
+        """Append the token that this model scores a text at, where it has one."""
+        return with_end(token_ids, self.engine.model_info.end_token)
 
     def check_prompt(self, prompt_token_ids: TokenIds, *, param: str) -> None:
         """Raise APIError naming `param` for a prompt that the engine would refuse."""
@@ -153,6 +177,32 @@ class Service:
                 self.engine.abort(request_id)  # does nothing to those that have ended
             for job in jobs:
                 self._groups.pop(job.rid, None)
+
+    async def read(
+        self, task: Task, texts: Sequence[TokenIds], rids: Sequence[str]
+    ) -> list[np.ndarray]:
+        """Read all texts together; returns the scores or the embedding of each.
+
+        When one fails, or nobody waits any more, the others are aborted.
+        """
+        for rid in rids:
+            if rid in self._groups:
+                raise bad_request(f"rid {rid!r} is in use by another request.", param="rid")
+        if len(set(rids)) != len(rids):
+            raise bad_request("the same rid was sent for several texts.", param="rid")
+        self._groups.update({rid: [rid] for rid in rids})
+        tasks = [
+            asyncio.ensure_future(self.engine.read(task, text, rid))
+            for text, rid in zip(texts, rids, strict=True)
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for one in tasks:
+                one.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for rid in rids:
+                self._groups.pop(rid, None)
 
     def abort(self, rid: str) -> int:
         """Abort the requests of one rid; returns how many were running or waiting."""

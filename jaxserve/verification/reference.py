@@ -5,11 +5,18 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from jaxserve.tokenizer import Tokenizer
 
+Task = Literal["generate", "score", "embed"]
+# Of models that read texts: the arrays of the results, and of every position's outputs.
+READ: dict[Task, tuple[str, str]] = {
+    "score": ("scores", "scores_every_position"),
+    "embed": ("embeddings", "last_hidden"),
+}
 NUM_PROMPTS = 5
 LAYERS_OF_PROMPT = 2  # the prompt whose layer outputs a golden.npz holds
 
@@ -23,21 +30,27 @@ class Reference:
     """A prompt and what the model should compute for it.
 
     Attributes:
-        logits: f32[T, V], of every position.
+        logits: f32[T, V], of every position; of a model that reads texts the scores f32[T, L] or
+            the hidden states f32[T, D]. None where not known.
         layers: f32[L, T, D], the residual stream after each layer; None where not known.
         greedy: the tokens that follow.
         margins: of each of them, how far its logit was above the second; None where not known.
         rounding: f32[T], how far the reference's own logits move when its inputs change in their
             last bit; None where not known.
+        read: what the whole text is read as, scores f32[L] or an embedding f32[D]; None for models
+            that generate.
+        task: what the outputs are of.
     """
 
     name: str
     tokens: list[int]
-    logits: np.ndarray
+    logits: np.ndarray | None
     layers: np.ndarray | None
     greedy: list[int]
     margins: list[float] | None
     rounding: np.ndarray | None = None
+    read: np.ndarray | None = None
+    task: Task = "generate"
 
 
 # ---- prompts --------------------------------------------------------------------------------
@@ -89,10 +102,12 @@ def read_golden(
 
     Its arrays: `input_ids` i32[P, Lmax] and `lengths` i32[P]; `logits` f32[P, Lmax, V]; `greedy`
     i32[P, N] with `greedy_margin` f32[P, N], and `greedy_cached` where the original gives other
-    tokens with a KV cache; optionally `layer_out` f32[L, T, D] of prompt 2.
+    tokens with a KV cache; optionally `layer_out` f32[L, T, D] of prompt 2. Of models that read
+    texts `scores` f32[P, L], with or without `scores_every_position` f32[P, Lmax, L]; or
+    `embeddings` f32[P, D], with or without `last_hidden` f32[P, Lmax, D].
 
     Raises:
-        VerifyError: no such file, or it does not hold a generating model's outputs.
+        VerifyError: no such file, or it does not hold a model's outputs.
     """
     try:
         with np.load(file, allow_pickle=False) as stored:
@@ -101,7 +116,11 @@ def read_golden(
         raise VerifyError(
             f"{file} cannot be read as an .npz archive ({error}). Give the path of a golden.npz."
         ) from error
-    _check_kind(file, arrays)
+    for task, (read, outputs) in READ.items():
+        if read in arrays:
+            _check_arrays(file, arrays, "input_ids", "lengths", read)
+            return _read_texts(arrays, task, read, outputs)[:count]
+    _check_arrays(file, arrays, "input_ids", "lengths", "logits", "greedy")
     greedy, margins = arrays["greedy"], arrays.get("greedy_margin")
     if "greedy_cached" in arrays:
         greedy, margins = arrays["greedy_cached"], None
@@ -121,14 +140,30 @@ def read_golden(
     return references[:count]
 
 
-def _check_kind(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    for key in ("scores", "embeddings"):
-        if key in arrays:
-            raise VerifyError(
-                f"{file} holds {key}, not logits. Only models that generate text can be served "
-                "and verified so far."
+def _read_texts(
+    arrays: dict[str, np.ndarray], task: Task, read: str, outputs: str
+) -> list[Reference]:
+    references = []
+    for index, (ids, length) in enumerate(zip(arrays["input_ids"], arrays["lengths"], strict=True)):
+        whole = arrays[read][index].reshape(-1)
+        every = arrays[outputs][index, :length].reshape(length, -1) if outputs in arrays else None
+        references.append(
+            Reference(
+                name=str(index),
+                tokens=ids[:length].tolist(),
+                logits=every,
+                layers=arrays.get("layer_out") if index == LAYERS_OF_PROMPT else None,
+                greedy=[],
+                margins=None,
+                read=whole,
+                task=task,
             )
-    absent = [k for k in ("input_ids", "lengths", "logits", "greedy") if k not in arrays]
+        )
+    return references
+
+
+def _check_arrays(file: Path, arrays: dict[str, np.ndarray], *needed: str) -> None:
+    absent = [name for name in needed if name not in arrays]
     if absent:
         raise VerifyError(
             f"{file} lacks {', '.join(absent)}; it holds {', '.join(sorted(arrays)) or 'nothing'}. "

@@ -28,7 +28,7 @@ class Piece:
     """What one step computed for `n` tokens of a prompt, from position `start` on.
 
     Attributes:
-        logits: f32[n, V].
+        logits: f32[n, V]; of a model that reads texts, scores or hidden states.
         layers: per layer f32[n, D].
     """
 
@@ -74,7 +74,8 @@ def replay(
     while (batch := scheduler.schedule()) is not None:
         packed = jax.device_put(_pack(layout, batch, prompts), by_rank)
         layers, logits, caches = forward(runner.params, caches, packed)
-        yield _pieces(batch, layers, logits, model.spec.vocab)
+        width = model.spec.vocab if model.spec.task == "generate" else None
+        yield _pieces(batch, layers, logits, width)
         scheduler.update(batch, _next_tokens(batch, prompts))
 
 
@@ -89,7 +90,7 @@ def _pack(layout: StepLayout, batch: Batch, prompts: Sequence[Sequence[int]]) ->
 
 
 def _pieces(
-    batch: Batch, layers: Sequence[jax.Array], logits: jax.Array, vocab: int
+    batch: Batch, layers: Sequence[jax.Array], logits: jax.Array, width: int | None
 ) -> list[Piece]:
     host_logits = np.asarray(logits)
     host_layers = [np.asarray(layer, np.float32) for layer in layers]
@@ -102,7 +103,7 @@ def _pieces(
                 Piece(
                     prompt=int(row.request.id),
                     start=row.start,
-                    logits=host_logits[part, :vocab],
+                    logits=host_logits[part, :width],
                     layers=[layer[part] for layer in host_layers],
                 )
             )

@@ -26,13 +26,14 @@ def print_report(report: Report) -> None:
         f"prompts    {prompts} (tokens)",
     ):
         console.print(line, markup=False)
-    console.print(_stage_table(report))
+    if report.stages:
+        console.print(_stage_table(report))
     if any(stage.layers for stage in report.stages):
         console.print(_layer_table(report))
         for stage in report.stages:
             if bad := stage.bad_layers(report.tolerance):
                 console.print(f"first bad layer of '{stage.name}': {bad[0]}", markup=False)
-    console.print(_greedy_table(report))
+    console.print(_read_table(report) if report.read else _greedy_table(report))
     times = ", ".join(f"{what} {s:.1f}" for what, s in report.seconds.items())
     console.print(f"seconds: {times}", markup=False)
     console.print("PASS" if report.passes else "FAIL", markup=False)
@@ -79,6 +80,15 @@ def to_json(report: Report) -> dict[str, Any]:
             }
             for result in report.greedy
         ],
+        "read": [
+            {
+                "prompt": result.name,
+                "difference": result.difference if result.difference < float("inf") else None,
+                "cosine": result.cosine,
+                "passes": result.passes(report.tolerance),
+            }
+            for result in report.read
+        ],
         "seconds": {what: round(s, 2) for what, s in report.seconds.items()},
     }
 
@@ -92,7 +102,8 @@ def _table(title: str, *columns: str) -> rich.table.Table:
 
 def _stage_table(report: Report) -> rich.table.Table:
     table = _table(
-        f"Logits at every position: absolute difference, at most {report.tolerance:g} allowed",
+        f"{report.outputs} at every position: absolute difference, at most {report.tolerance:g} "
+        "allowed",
         *("stage", "steps", "max", "mean", "max / std", "largest at", "rounding there", "verdict"),
     )
     for stage in report.stages:
@@ -135,6 +146,21 @@ def _greedy_table(report: Report) -> rich.table.Table:
     )
     for result in report.greedy:
         table.add_row(result.name, str(result.num_tokens), str(result.num_equal), _verdict(result))
+    return table
+
+
+def _read_table(report: Report) -> rich.table.Table:
+    table = _table(
+        "Whole texts, all in one continuous batch: absolute difference, and cosine of embeddings",
+        *("prompt", "max", "cosine", "verdict"),
+    )
+    for result in report.read:
+        table.add_row(
+            result.name,
+            f"{result.difference:.2e}",
+            "-" if result.cosine is None else f"{result.cosine:.8f}",
+            "ok" if result.passes(report.tolerance) else "TOO FAR",
+        )
     return table
 
 

@@ -16,14 +16,17 @@ from converters.checkpoint import open_checkpoint
 from converters.interface import Checkpoint, Progress
 from jaxserve.config import ConfigError, EngineConfig, configure_jax, user_cache_dir
 from jaxserve.engine.engine import Engine, load_tokenizer
+from jaxserve.engine.task import family_and_spec
 from jaxserve.request import SamplingParams
 from jaxserve.scheduler.buckets import Bucket
 from jaxserve.verification.compare import (
     GreedyResult,
+    ReadResult,
     Report,
     StageResult,
     Tally,
     compare_greedy,
+    compare_read,
 )
 from jaxserve.verification.reference import (
     NUM_PROMPTS,
@@ -37,6 +40,7 @@ from model_defs.registry import family_of
 
 HF_TOLERANCE, GOLDEN_TOLERANCE = 1e-3, 2e-4
 MAX_CHUNK = 128  # tokens of a prefill chunk: the long prompt has several
+OUTPUTS = {"generate": "Logits", "score": "Scores", "embed": "Final hidden states"}
 SMALL_PAGE = 16  # for prompts that would not fill a page of the platform's own size
 
 
@@ -69,14 +73,28 @@ def verify(
     checkpoint = open_checkpoint(
         config.model_path, config.revision, config.download_dir or user_cache_dir(), progress
     )
-    family_of(checkpoint.config).spec(checkpoint.config)  # refused before anything is computed
+    references, source = [], ""
+    if options.golden is not None:
+        file = _golden_file(options.golden, checkpoint)
+        references = read_golden(file, options.num_prompts, options.max_new_tokens)
+        source = f"stored outputs in {file.name}"
+        if references[0].task == "embed":
+            config = dataclasses.replace(config, is_embedding=True)
+    _, spec = family_and_spec(config, checkpoint)  # refused before anything is computed
+    if options.golden is None and spec.task != "generate":
+        raise VerifyError(
+            f"{checkpoint.config['architectures'][0]} is served to {spec.task} texts; such models "
+            "are compared with stored outputs only. Name a file of them with --golden."
+        )
+    if references and references[0].task != spec.task:
+        raise VerifyError(
+            f"the stored outputs are for the task {references[0].task!r}, but "
+            f"{checkpoint.config['architectures'][0]} is served for {spec.task!r}. Give the "
+            "golden.npz that belongs to this model."
+        )
     with _timed("reference", seconds):
         if options.golden is None:
             references, source = _run_transformers(config, options, checkpoint, progress)
-        else:
-            file = _golden_file(options.golden, checkpoint)
-            references = read_golden(file, options.num_prompts, options.max_new_tokens)
-            source = f"stored outputs in {file.name}"
     configure_jax(config)  # before the backend is looked at: that starts JAX
     if jax.default_backend() != "cpu" and config.dtype == "float32":
         # Accelerators round the inputs of float32 products by default; the reference does not.
@@ -90,8 +108,14 @@ def verify(
             _compare_stage(engine, references, stage, progress, seconds)
             for stage in _stages(engine, references)
         )
-        with _timed("greedy", seconds):
-            greedy = _compare_greedy(engine, references, progress)
+        greedy: tuple[GreedyResult, ...] = ()
+        read: tuple[ReadResult, ...] = ()
+        if spec.task == "generate":
+            with _timed("greedy", seconds):
+                greedy = _compare_greedy(engine, references, progress)
+        else:
+            with _timed("texts", seconds):
+                read = _compare_read(engine, references)
         info = engine.model_info
     default = HF_TOLERANCE if options.golden is None else GOLDEN_TOLERANCE
     return Report(
@@ -104,6 +128,8 @@ def verify(
         stages=stages,
         greedy=greedy,
         seconds=seconds,
+        read=read,
+        outputs=OUTPUTS[spec.task],
     )
 
 
@@ -187,6 +213,8 @@ class Stage:
 
 
 def _stages(engine: Engine, references: Sequence[Reference]) -> tuple[Stage, ...]:
+    if any(r.logits is None for r in references):
+        return ()
     longest, rows = max(len(r.tokens) for r in references), engine.runner.max_rows
     chunk = max(rows, min(MAX_CHUNK, longest // 4))
     return (
@@ -212,6 +240,7 @@ def _compare_stage(
             num_steps += 1
             for piece in pieces:
                 reference = references[piece.prompt]
+                assert reference.logits is not None, "without them there are no stages"
                 part = slice(piece.start, piece.start + len(piece.logits))
                 logits.add(piece.logits, reference.logits[part], reference.name, piece.start)
                 if reference.layers is not None:
@@ -255,6 +284,16 @@ def _compare_greedy(
         compare_greedy(reference, request.tokens[request.num_prompt :])
         for reference, request in zip(references, requests, strict=True)
     )
+
+
+def _compare_read(engine: Engine, references: Sequence[Reference]) -> tuple[ReadResult, ...]:
+    """Read all texts together, as a server does, once every bucket is compiled."""
+    engine.wait_until_warm()
+    requests = [engine.add(reference.tokens, None, reference.name) for reference in references]
+    while engine.has_work:
+        engine.step()
+    pairs = zip(references, requests, strict=True)
+    return tuple(compare_read(reference, request.result) for reference, request in pairs)
 
 
 @contextlib.contextmanager

@@ -183,6 +183,30 @@ def place_bias(ctx: BuildContext, weights: Sequence[Weight]) -> Placed:
     return Placed(tuple(weights), shape, (weights[0].dims[0][0].name, None), make)
 
 
+def place_stack(ctx: BuildContext, axis: Axis, each: Sequence[Placed]) -> Placed:
+    """Placement of equal arrays as one, `each[i]` at place i of a new first axis.
+
+    Places added to `axis` by sharding are zero.
+    """
+    places = ctx.axis_map(axis)
+
+    def make(index: tuple[slice, ...], read: ReadTensor) -> np.ndarray:
+        within, first = index[1:], each[0].weights[0]
+        sizes = [
+            len(range(*part.indices(size)))
+            for part, size in zip(within, each[0].shape, strict=True)
+        ]
+        corner = read(first.name, tuple(slice(0, 1) for _ in first.dims))  # for its dtype
+        block = np.zeros((len(places[index[0]]), *sizes), corner.dtype)
+        for place, item in enumerate(places[index[0]]):
+            if item >= 0:
+                block[place] = each[item].make(within, read)
+        return block
+
+    weights = tuple(weight for placed in each for weight in placed.weights)
+    return Placed(weights, (len(places), *each[0].shape), (axis.name, *each[0].axes), make)
+
+
 class Linear(nnx.Module):
     """`y_p = x @ W_p.T + b_p` for one or several projections `p` of the same input, fused.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from model_defs.hf_config import UnsupportedConfig
+from model_defs.hf_config import HFConfig, UnsupportedConfig
 from model_defs.layers.linear import BuildContext, Linear
 from model_defs.sharding import Axis
 
@@ -20,16 +22,27 @@ ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
 @dataclass(frozen=True)
 class MLP:
-    """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
+    """`down(act(gate(x)) * (up(x) + shift))` (Shazeer 2020, arXiv:2002.05202).
+
+    `limit` clamps the gate from above and the other half from both sides, before anything else.
+    """
 
     width: int
     act: str = "silu"
     bias: bool = False
+    limit: float | None = None
+    shift: float = 0.0
+
+    @classmethod
+    def from_hf(cls, cfg: HFConfig, **rest: Any) -> MLP:
+        """Read width and activation under their usual names; `rest` are the other attributes."""
+        return cls(cfg["intermediate_size"], cfg.get("hidden_act", "silu"), **rest)
 
     def __post_init__(self) -> None:
         if self.act not in ACTIVATIONS:
@@ -39,6 +52,13 @@ class MLP:
 
     def build(self, ctx: BuildContext, embed: Axis) -> MLPModule:
         return MLPModule(self, ctx, embed)
+
+    def combine(self, gate: Array, up: Array) -> Array:
+        """The two halves of the hidden layer as one."""
+        if self.limit is not None:
+            gate = jnp.minimum(gate, self.limit)
+            up = jnp.clip(up, -self.limit, self.limit)
+        return ACTIVATIONS[self.act](gate) * (up + self.shift if self.shift else up)
 
 
 class MLPModule(nnx.Module):
@@ -55,4 +75,4 @@ class MLPModule(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate, up = self.gate_up(x)
-        return self.down(ACTIVATIONS[self.spec.act](gate) * up)[0]
+        return self.down(self.spec.combine(gate, up))[0]

@@ -7,9 +7,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import cache_axes, cache_shape, page_size_of
 
-__all__ = ["cache_axes", "cache_shape", "default_page_size", "ragged_paged_attention"]
+__all__ = [
+    "BlockSparse",
+    "cache_axes",
+    "cache_shape",
+    "default_page_size",
+    "ragged_paged_attention",
+]
 
 _CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -22,7 +29,7 @@ def default_page_size(platform: str) -> int:
 def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     cache: jax.Array,
     kv_lens: jax.Array,
     page_table: jax.Array,
@@ -33,6 +40,9 @@ def ragged_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
+    block_sparse: BlockSparse | None = None,
+    block_offsets: jax.Array | None = None,
+    v_head_dim: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Write the step's keys and values to their pages, then attend causally over each row's pages.
@@ -44,7 +54,10 @@ def ragged_paged_attention(
 
     q: [T, N, H]; k: [T, K, H]; v: [T, K, Hv], N a multiple of K (query head n uses kv head
       n // (N // K)); float32, bfloat16 or float16. Sums are kept in float32.
-    cache: one layer's pages, shape `cache_shape(...)`; donate it to have it updated in place.
+    v: None where values are not stored: the value of a token is then the first v_head_dim numbers
+      of its key (multi-head latent attention), and v_head_dim must be given.
+    cache: one layer's pages, shape `cache_shape(...)`, with `shared_kv` where v is None; donate it
+      to have it updated in place.
     kv_lens: i32[R]. page_table: i32[R, P]; entries past a row's last page are never followed.
     query_starts: i32[R + 1], rising from 0; entries past the last live row are ignored.
     distribution: i32[3] = (i, j, k): each of the rows [0, i) has exactly one token in this step,
@@ -52,19 +65,35 @@ def ragged_paged_attention(
       is zero and nothing is written for them. j is free for accelerators (see interface).
     scale: multiplies q.k. softcap: scores become softcap * tanh(scores / softcap), before mask
       and ALiBi. window: the key at j is seen by the query at i iff 0 <= i - j < window.
-    alibi_slopes: f32[N]; adds slopes[n] * (j - i) to the score.
+    alibi_slopes: f32[N]; adds slopes[n] * (j - i) to the score (Press et al. 2021,
+      arXiv:2108.12409).
+    block_sparse, block_offsets: i32[N]; head n sees the keys that `block_sparse` shows with its
+      offset block_offsets[n], out of those that causality and `window` leave. Per-head arguments
+      are local inside `jax.shard_map`: split them like the heads of q.
     implementation: "xla" or "reference"; None lets the platform lowered for decide.
 
     Unused pages and slots may hold anything, NaN included. Works on local shapes inside
     `jax.shard_map`. Returns out [T, N, Hv] in q's dtype and the new cache.
     Raises ValueError for shapes that do not fit together.
     """
-    _check(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alibi_slopes)
+    per_head = {"alibi_slopes": alibi_slopes, "block_offsets": block_offsets}
+    _check(q, k, v, v_head_dim, cache, kv_lens, page_table, query_starts, distribution, per_head)
+    if (block_sparse is None) != (block_offsets is None):
+        raise ValueError(
+            f"ragged_paged_attention: block_sparse is {block_sparse}, but block_offsets "
+            f"{'is absent' if block_offsets is None else 'is given'}; give both or neither"
+        )
     if window is not None and window < 1:
         raise ValueError(f"ragged_paged_attention: window is {window}; it must be at least 1")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"ragged_paged_attention: softcap is {softcap}; it must be positive")
-    options = {"scale": float(scale), "window": window, "softcap": softcap}
+    options = {
+        "scale": float(scale),
+        "window": window,
+        "softcap": softcap,
+        "block_sparse": block_sparse,
+        "v_head_dim": v_head_dim if v is None else v.shape[2],
+    }
     implementations = (
         Implementation("xla", partial(xla.ragged_paged_attention, **options)),
         Implementation(
@@ -74,35 +103,55 @@ def ragged_paged_attention(
     return dispatch(
         "ragged_paged_attention",
         implementations,
-        *(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alibi_slopes),
+        *(q, k, v, cache, kv_lens, page_table, query_starts, distribution),
+        *(alibi_slopes, block_offsets),
         implementation=implementation,
     )
 
 
-def _check(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alibi_slopes) -> None:
+def _check(
+    q, k, v, v_head_dim, cache, kv_lens, page_table, query_starts, distribution, per_head
+) -> None:
     """Raise one ValueError that lists every argument whose shape or dtype does not fit."""
-    if not (q.ndim == k.ndim == v.ndim == 3 and cache.ndim == len(cache_axes())):
+    if not all(x.ndim == 3 for x in (q, k, v) if x is not None) or cache.ndim != len(cache_axes()):
         raise ValueError(
-            "ragged_paged_attention: need q [T,N,H], k [T,K,H], v [T,K,Hv] and a cache shaped by "
-            f"cache_shape(); found shapes {q.shape}, {k.shape}, {v.shape}, {cache.shape}"
+            "ragged_paged_attention: need q [T,N,H], k [T,K,H], v [T,K,Hv] or None and a cache "
+            f"shaped by cache_shape(); found shapes {q.shape}, {k.shape}, "
+            f"{None if v is None else v.shape}, {cache.shape}"
         )
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, v_head_dim, num_rows = k.shape[1], v.shape[2], kv_lens.shape[0]
-    page_size = max(1, page_size_of(cache, k, v))
+    num_kv_heads, num_rows = k.shape[1], kv_lens.shape[0]
+    shared_kv = v is None
+    if shared_kv and (v_head_dim is None or not 1 <= v_head_dim <= head_dim):
+        raise ValueError(
+            f"ragged_paged_attention: v is None and v_head_dim is {v_head_dim}; values that are "
+            f"part of their key need a v_head_dim from 1 to the head_dim {head_dim}"
+        )
+    if v is not None:
+        v_head_dim = v.shape[2] if v_head_dim is None else v_head_dim
+    page_size = max(1, page_size_of(cache, head_dim, v_head_dim, shared_kv=shared_kv))
     wanted_cache = cache_shape(
-        cache.shape[0], page_size, num_kv_heads, head_dim, v_head_dim, cache.dtype
+        cache.shape[0],
+        page_size,
+        num_kv_heads,
+        head_dim,
+        v_head_dim,
+        cache.dtype,
+        shared_kv=shared_kv,
     )
     wanted = {
         "k": (k.shape, (num_tokens, num_kv_heads, head_dim)),
-        "v": (v.shape, (num_tokens, num_kv_heads, v_head_dim)),
         "cache": (cache.shape, wanted_cache),
         "kv_lens": (kv_lens.shape, (num_rows,)),
         "page_table": (page_table.shape, (num_rows, *page_table.shape[1:2])),
         "query_starts": (query_starts.shape, (num_rows + 1,)),
         "distribution": (distribution.shape, (3,)),
     }
-    if alibi_slopes is not None:
-        wanted["alibi_slopes"] = (alibi_slopes.shape, (num_heads,))
+    if v is not None:
+        wanted["v"] = (v.shape, (num_tokens, num_kv_heads, v_head_dim))
+    for name, array in per_head.items():
+        if array is not None:
+            wanted[name] = (array.shape, (num_heads,))
     problems = [
         f"{name} has shape {found}, expected {expected}"
         for name, (found, expected) in wanted.items()
@@ -111,7 +160,7 @@ def _check(q, k, v, cache, kv_lens, page_table, query_starts, distribution, alib
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         problems.append(f"{num_heads} query heads do not divide over {num_kv_heads} kv heads")
     for name, array in {"q": q, "k": k, "v": v, "cache": cache}.items():
-        if array.dtype not in _CACHE_DTYPES:
+        if array is not None and array.dtype not in _CACHE_DTYPES:
             problems.append(
                 f"{name} has dtype {array.dtype}, expected float32, bfloat16 or float16"
             )

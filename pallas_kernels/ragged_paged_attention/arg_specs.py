@@ -1,11 +1,13 @@
 """Named real shapes of ragged paged attention, shared by tests, bench and tuning."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import cache_shape
 
 
@@ -15,6 +17,7 @@ class ArgSpec:
 
     rows: (new tokens, kv tokens) of each live row; rows with one new token first, as schedulers
     put them. tokens, row_slots: padded sizes T and R. pages_per_row: P, or None for just enough.
+    block_sparse: head n has the offset n. shared_kv: values are part of their key.
     """
 
     name: str
@@ -30,6 +33,8 @@ class ArgSpec:
     window: int | None = None
     softcap: float | None = None
     alibi: bool = False
+    block_sparse: BlockSparse | None = None
+    shared_kv: bool = False
     dtype: str = "float32"
 
     def options(self) -> dict:
@@ -43,10 +48,13 @@ class ArgSpec:
             "window": self.window,
             "softcap": self.softcap,
             "alibi_slopes": slopes,
+            "block_sparse": self.block_sparse,
+            "block_offsets": jnp.arange(self.num_heads) if self.block_sparse else None,
+            "v_head_dim": self.v_head_dim,
         }
 
-    def arguments(self, seed: int = 0) -> tuple[jax.Array, ...]:
-        """Random q, k, v, cache, kv_lens, page_table, query_starts, distribution.
+    def arguments(self, seed: int = 0) -> tuple[Any, ...]:
+        """Random q, k, v (None if shared), cache, kv_lens, page_table, query_starts, distribution.
 
         Pages are handed out in random order; what no row has written yet (spare pages, and slots
         from each row's first new token on) is NaN.
@@ -68,10 +76,14 @@ class ArgSpec:
             self.head_dim,
             self.v_head_dim,
             self.dtype,
+            shared_kv=self.shared_kv,
         )
         cache = np.full(shape, np.nan, np.float32)
-        keys = cache[:, 0].reshape(num_pages, self.num_kv_heads, width, self.page_size)
-        values = cache[:, 1].reshape(num_pages, self.num_kv_heads, self.page_size, width)
+        if self.shared_kv:
+            keys = values = cache.transpose(0, 2, 1, 3)
+        else:
+            keys = cache[:, 0].reshape(num_pages, self.num_kv_heads, width, self.page_size)
+            values = cache[:, 1].reshape(num_pages, self.num_kv_heads, self.page_size, width)
         for row, ((num_new, kv_len), count) in enumerate(zip(self.rows, counts, strict=True)):
             kv_lens[row] = kv_len
             query_starts[row + 1] = query_starts[row] + num_new
@@ -79,7 +91,8 @@ class ArgSpec:
                 page = page_table[row, column] = free.pop()
                 known = min(self.page_size, max(0, kv_len - num_new - column * self.page_size))
                 # Every D element of the slot: the padding of the narrower of k and v is read too.
-                keys[page, ..., :known] = rng.standard_normal(keys[page, ..., :known].shape)
+                if not self.shared_kv:
+                    keys[page, ..., :known] = rng.standard_normal(keys[page, ..., :known].shape)
                 values[page, :, :known] = rng.standard_normal(values[page, :, :known].shape)
         query_starts[len(self.rows) + 1 :] = query_starts[len(self.rows)]
         singles = 0
@@ -93,7 +106,7 @@ class ArgSpec:
         return (
             normal(self.tokens, self.num_heads, self.head_dim),
             normal(self.tokens, self.num_kv_heads, self.head_dim),
-            normal(self.tokens, self.num_kv_heads, self.v_head_dim),
+            None if self.shared_kv else normal(self.tokens, self.num_kv_heads, self.v_head_dim),
             jnp.asarray(cache, self.dtype),
             *map(jnp.asarray, (kv_lens, page_table, query_starts, distribution)),
         )
@@ -108,6 +121,10 @@ _GEMMA2_9B_TP8 = ArgSpec(
 _MHA_ALIBI = ArgSpec("mha_alibi", (), 1, 1, 8, 8, 64, 64, alibi=True, dtype="float16")
 _WIDE_VALUES = ArgSpec("wide_values", (), 1, 1, 4, 2, 48, 96)
 _WIDE_KEYS = ArgSpec("wide_keys", (), 1, 1, 6, 2, 96, 64)
+_PHI3_SMALL_TP4 = ArgSpec(
+    "phi3_small_tp4", (), 1, 1, 8, 2, 128, 128, block_sparse=BlockSparse(64, 16, 8)
+)
+_DEEPSEEK_V3_TP8 = ArgSpec("deepseek_v3_tp8", (), 1, 1, 16, 1, 576, 512, shared_kv=True)
 
 
 def _batch(model: ArgSpec, name: str, rows, tokens: int, row_slots: int, **changes) -> ArgSpec:
@@ -143,4 +160,9 @@ ARG_SPECS: tuple[ArgSpec, ...] = (
     _batch(_MHA_ALIBI, "mixed", _MIX, 128, 8, page_size=16),
     _batch(_WIDE_VALUES, "mixed", _MIX, 128, 8, page_size=16),
     _batch(_WIDE_KEYS, "mixed", _MIX, 128, 8, page_size=32),
+    _batch(_PHI3_SMALL_TP4, "decode_2500", [(1, 2500), (1, 1100)], 2, 2),
+    _batch(_PHI3_SMALL_TP4, "chunk_100_of_2000", [(1, 40), (100, 2000)], 128, 4),
+    _batch(_PHI3_SMALL_TP4, "narrow_mixed", _MIX, 128, 8, block_sparse=BlockSparse(16, 2, 3)),
+    _batch(_DEEPSEEK_V3_TP8, "decode_4x300", [(1, 300)] * 4, 4, 4),
+    _batch(_DEEPSEEK_V3_TP8, "mixed", _MIX, 128, 8, page_size=16, dtype="bfloat16"),
 )

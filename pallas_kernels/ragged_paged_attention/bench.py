@@ -50,7 +50,7 @@ def time_case(
     seconds = seconds[2:]
     median = statistics.median(seconds)
     seen = sum(min(kv_len, spec.window or kv_len) for _, kv_len in spec.rows)
-    width = spec.head_dim + spec.v_head_dim
+    width = spec.head_dim + (0 if spec.shared_kv else spec.v_head_dim)
     read = layers * seen * spec.num_kv_heads * width * jnp.dtype(spec.dtype).itemsize
     return {
         "case": spec.name,

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     page_size_of,
+    read_shared,
     read_slabs,
     shape_slabs,
     write_tokens,
@@ -96,22 +98,25 @@ def tile_blocks(
 def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     cache: jax.Array,
     kv_lens: jax.Array,
     page_table: jax.Array,
     query_starts: jax.Array,
     distribution: jax.Array,
     alibi_slopes: jax.Array | None,
+    block_offsets: jax.Array | None,
     *,
     scale: float,
     window: int | None,
     softcap: float | None,
+    block_sparse: BlockSparse | None,
+    v_head_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.ragged_paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, v_head_dim = k.shape[1], v.shape[2]
-    page_size = page_size_of(cache, k, v)
+    num_kv_heads = k.shape[1]
+    page_size = page_size_of(cache, head_dim, v_head_dim, shared_kv=v is None)
     group = num_heads // num_kv_heads
     tile, small_tile = tile_sizes(num_tokens, group)
     cache = write_tokens(cache, k, v, kv_lens, page_table, query_starts, distribution)
@@ -125,13 +130,21 @@ def ragged_paged_attention(
         window=window,
     )
     queries = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, group, head_dim)
-    slopes = None if alibi_slopes is None else alibi_slopes.reshape(num_kv_heads, group)
+    if v is None:
+        queries *= scale  # Keys that are values too cannot be scaled while they are copied.
+    slopes, offsets = (
+        None if each is None else each.reshape(num_kv_heads, group)
+        for each in (alibi_slopes, block_offsets)
+    )
     score = _Score(
         zero=_zero_of(q, cache, kv_lens, page_table, query_starts, distribution),
         scale=scale,
         window=window,
         softcap=softcap,
         slopes=slopes,
+        sparse=block_sparse,
+        offsets=offsets,
+        shared_kv=v is None,
         precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT,
     )
     out = _attend_singles(queries, v_head_dim, cache, kv_lens, page_table, items, score)
@@ -159,6 +172,8 @@ def ragged_paged_attention(
 class _Score(NamedTuple):
     """How scores are made from queries and scaled keys; slopes f32[K, G] or None.
 
+    sparse, offsets: the block-sparse mask and its i32[K, G], or None. shared_kv: values are part
+    of their key, and queries come scaled instead of keys.
     zero: f32[], see _zero_of; starts every accumulator.
     """
 
@@ -167,6 +182,9 @@ class _Score(NamedTuple):
     window: int | None
     softcap: float | None
     slopes: jax.Array | None
+    sparse: BlockSparse | None
+    offsets: jax.Array | None
+    shared_kv: bool
     precision: lax.Precision
 
     def start(self, shape: tuple[int, ...], v_head_dim: int) -> tuple[jax.Array, ...]:
@@ -184,13 +202,28 @@ class _Score(NamedTuple):
         seen = distance >= 0
         return seen if self.window is None else seen & (distance < self.window)
 
-    def finish(self, scores: jax.Array, distance: jax.Array, slopes: jax.Array | None):
-        """Apply softcap, ALiBi and mask; distance and slopes broadcast against scores."""
+    def finish(
+        self,
+        scores: jax.Array,
+        distance: jax.Array,
+        key_positions: jax.Array,
+        heads: tuple[slice | None, ...],
+    ) -> jax.Array:
+        """Apply softcap, ALiBi and mask; distance broadcasts against scores.
+
+        key_positions: along the last, or the first and the last axis of distance. heads: index
+          that lays a [K, G] array along the axes of scores.
+        """
         if self.softcap is not None:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
-        if slopes is not None:
-            scores -= slopes * distance
-        return jnp.where(self.visible(distance), scores, _MASKED)
+        if self.slopes is not None:
+            scores -= self.slopes[heads] * distance
+        visible = self.visible(distance)
+        if self.sparse is not None and self.offsets is not None:
+            key_positions = jnp.expand_dims(key_positions, tuple(range(1, distance.ndim - 1)))
+            positions = key_positions + distance
+            visible &= self.sparse.visible(positions, key_positions, self.offsets[heads])
+        return jnp.where(visible, scores, _MASKED)
 
 
 def _attend_singles(
@@ -209,7 +242,7 @@ def _attend_singles(
     num_tokens, num_kv_heads, group, head_dim = queries.shape
     num_rows = min(kv_lens.shape[0], num_tokens)
     max_pages = page_table.shape[1]
-    page_size = cache.shape[3] // max(head_dim, v_head_dim)
+    page_size = page_size_of(cache, head_dim, v_head_dim, shared_kv=score.shared_kv)
     width = _items_per_trip(num_rows, max_pages, page_size, cache)
     span = min(width, num_rows)  # Rows one trip can touch: they are consecutive.
 
@@ -235,13 +268,17 @@ def _attend_singles(
 
         pages = page_table.at[rows, columns].get(mode="clip")
         known = jnp.where(ids < total, kv_len - columns * page_size, 0)
-        keys, values = _load(cache, pages, known, score.scale, head_dim, v_head_dim)
+        keys, values = _load(cache, pages, known, score, head_dim, v_head_dim)
         positions = columns[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
         distance = kv_len[:, None] - 1 - positions  # [W, page_size]
 
         scores = score.products("wkgh,wkhs->wkgs", queries.at[rows].get(mode="clip"), keys)
-        slopes = None if score.slopes is None else score.slopes[None, :, :, None]
-        scores = score.finish(scores, distance[:, None, None, :], slopes)
+        scores = score.finish(
+            scores,
+            distance[:, None, None, :],
+            positions,
+            (None, slice(None), slice(None), None),
+        )
         old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first_row, span), state)
         old_max, old_sum, old_out = old
         peak = jnp.where(belongs[:, :, None, None], scores.max(-1)[None], _MASKED).max(1)
@@ -287,7 +324,7 @@ def _attend_tiles(
     num_tokens, num_kv_heads, group, head_dim = queries.shape
     v_head_dim = out.shape[-1]
     num_rows = kv_lens.shape[0]
-    page_size = cache.shape[3] // max(head_dim, v_head_dim)
+    page_size = page_size_of(cache, head_dim, v_head_dim, shared_kv=score.shared_kv)
     block_pages = min(max(1, block // page_size), page_table.shape[1])
     block = block_pages * page_size
     tile_ends = jnp.cumsum(tiles)
@@ -317,7 +354,7 @@ def _attend_tiles(
             columns = index * block_pages + jnp.arange(block_pages, dtype=jnp.int32)
             pages = page_table.at[row, columns].get(mode="clip")
             known = kv_len - columns * page_size
-            keys, values = _load(cache, pages, known, score.scale, head_dim, v_head_dim)
+            keys, values = _load(cache, pages, known, score, head_dim, v_head_dim)
             key_positions = index * block + jnp.arange(block, dtype=jnp.int32)
             keys = keys.transpose(1, 2, 0, 3).reshape(num_kv_heads, head_dim, block)
             values = values.transpose(1, 0, 2, 3).reshape(num_kv_heads, block, v_head_dim)
@@ -325,9 +362,9 @@ def _attend_tiles(
             scores = score.products("kqh,khs->kqs", tile_queries, keys)
             shape = scores.shape
             distance = positions[:, None] - key_positions
-            slopes = None if score.slopes is None else score.slopes[:, :, None, None]
             scores = scores.reshape(num_kv_heads, group, tile, block)
-            scores = score.finish(scores, distance, slopes).reshape(shape)
+            heads = (slice(None), slice(None), None, None)
+            scores = score.finish(scores, distance, key_positions, heads).reshape(shape)
             new_max = jnp.maximum(old_max, scores.max(-1))
             weights = jnp.exp(scores - new_max[..., None])
             fade = jnp.exp(old_max - new_max)
@@ -351,19 +388,24 @@ def _load(
     cache: jax.Array,
     pages: jax.Array,
     known: jax.Array,
-    scale: float,
+    score: _Score,
     head_dim: int,
     v_head_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled keys f32[W,K,H,page_size] and values f32[W,K,page_size,Hv] of pages i32[W].
 
     known: i32[W], how many of a page's slots count; values of others read as zero, because a
-    weight of zero does not silence a NaN.
+    weight of zero does not silence a NaN. Keys that hold their values are not scaled.
     """
+    if score.shared_kv:
+        keys = read_shared(cache, pages)
+        counts = jnp.arange(keys.shape[1], dtype=jnp.int32) < known[:, None]
+        keys = jnp.where(counts[..., None, None], keys.astype(jnp.float32), 0.0)
+        return keys.transpose(0, 2, 3, 1), keys[..., :v_head_dim].swapaxes(1, 2)
     keys, values = read_slabs(cache, pages)
     # Done on the flat slabs: XLA for CPU vectorises a long last axis, and copies a short one
     # (64) element by element.
-    keys = keys.astype(jnp.float32) * scale
+    keys = keys.astype(jnp.float32) * score.scale
     width = max(head_dim, v_head_dim)
     element = jnp.arange(values.shape[-1], dtype=jnp.int32)
     counts = element < known[:, None, None] * width

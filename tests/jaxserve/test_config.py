@@ -72,6 +72,11 @@ def test_every_spelling_of_dp_is_the_same_flag(flag: str) -> None:
     assert parse_engine("--model-path", "m", flag, "4").dp_size == 4
 
 
+@pytest.mark.parametrize("flag", ["--ep-size", "--expert-parallel-size", "--ep"])
+def test_every_spelling_of_ep_is_the_same_flag(flag: str) -> None:
+    assert parse_engine("--model-path", "m", "--tp-size", "4", flag, "2").ep_size == 2
+
+
 def test_switches_are_off_unless_given() -> None:
     assert not parse_engine("--model-path", "m").disable_overlap_schedule
     assert parse_engine("--model-path", "m", "--disable-overlap-schedule").disable_overlap_schedule
@@ -119,6 +124,8 @@ def test_absent_model_path_is_named() -> None:
         ("device", "abacus", "--device is 'abacus'; allowed: auto, cpu, tpu, gpu"),
         ("tp_size", 0, "--tp-size is 0; allowed: 1 or more"),
         ("dp_size", -1, "--dp-size is -1"),
+        ("ep_size", 0, "--ep-size is 0; allowed: 1 or more"),
+        ("ep_size", 2, "--ep-size is 2; allowed: a divisor of --tp-size, which is 1"),
         ("tp_size", 2.0, "--tp-size is 2.0; allowed: a value of type int"),
         ("tp_size", True, "--tp-size is True; allowed: a value of type int"),
         ("tp_size", None, "--tp-size is None; allowed: a value of type int"),

@@ -8,9 +8,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import transformers
 
 from jaxserve import cli, show
-from model_defs.registry import Family, ModelRegistry, family_of
+from model_defs.registry import Family, ModelRegistry, family_of, list_families
 
 ROOT = Path(cli.__file__).parents[1]
 CONFIG = {
@@ -109,6 +110,21 @@ def test_models_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
         assert architecture in text
         assert all(example in text for example in family.examples)
     assert "demo, real weights" in text
+
+
+def test_what_a_family_claims_to_be_checked_against_is_there() -> None:
+    folders = (ROOT / "tests" / "goldens").iterdir()
+    configs = [json.loads((f / "config.json").read_text("utf-8")) for f in folders]
+    golden = {config["architectures"][0] for config in configs}
+    for family in list_families():
+        if family.reference == "transformers":
+            fields = [tiny.get("architectures", family.architectures[:1]) for tiny in family.tiny]
+            assert fields and all(hasattr(transformers, name) for (name,) in fields), family.name
+        elif family.home.startswith("model_defs/"):
+            assert family.reference == "original" and not family.tiny
+            assert golden & set(family.architectures), family.name
+        else:
+            assert family.reference is None
 
 
 def test_models_lists_families_from_outside(

@@ -27,7 +27,7 @@ from pallas_kernels.ragged_paged_attention import cache_axes, cache_shape
 
 Tensors = Mapping[str, np.ndarray]
 
-TOKENS, ROWS, PAGE_SIZE, PAGES_PER_ROW = 96, 4, 4, 24  # of one step, per rank
+TOKENS, ROWS, PAGE_SIZE, PAGES_PER_ROW = 128, 4, 4, 32  # of one step, per rank
 GARBAGE_PAGES = 5  # pages of each rank that no row owns
 
 
@@ -47,9 +47,11 @@ class Model:
         return self.rules.shards("rows")
 
 
-def context(dp_size: int = 1, tp_size: int = 1, dtype: Any = np.float32) -> BuildContext:
+def context(
+    dp_size: int = 1, tp_size: int = 1, dtype: Any = np.float32, ep_size: int = 1
+) -> BuildContext:
     """Return where to build: a mesh over the first devices, weights and cache in `dtype`."""
-    mesh = make_mesh(dp_size, tp_size, jax.devices("cpu"))
+    mesh = make_mesh(dp_size, tp_size, jax.devices("cpu"), ep_size=ep_size)
     return BuildContext(ShardingRules(mesh), np.dtype(dtype), np.dtype(dtype))
 
 
@@ -58,12 +60,17 @@ def headers(tensors: Tensors) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def load(
-    config: Mapping[str, Any], tensors: Tensors, *, dp_size: int = 1, tp_size: int = 1
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    *,
+    dp_size: int = 1,
+    tp_size: int = 1,
+    ep_size: int = 1,
 ) -> Model:
     """Build the model of a `config.json` and fill it from checkpoint tensors, shard by shard."""
     family = family_of(config)
     spec = family.spec(config)
-    ctx = context(dp_size, tp_size)
+    ctx = context(dp_size, tp_size, ep_size=ep_size)
     module = spec.build(ctx)
     weight_plan = plan(family.rules(config), headers(tensors), canonical_shapes(module))
 
@@ -96,10 +103,12 @@ def load(
     compiler_options={"xla_backend_optimization_level": 0},
 )
 def _step(graphdef, params, caches, batch: ForwardBatch):
-    """Return logits of every token `[T, V]`, logits at `sample_at` `[R, V]` and the new caches."""
+    """Return outputs of every token `[T, V]`, those at `sample_at` `[R, V]` and the new caches."""
     model = nnx.merge(graphdef, params)
     hidden, caches = model(batch, caches)
-    return model.logits(hidden), model.logits(model.pick(hidden, batch)), caches
+    head = {"generate": model.logits, "score": model.score, "embed": lambda hidden: hidden}
+    head = head[model.spec.task]
+    return head(hidden), head(model.pick(hidden, batch)), caches
 
 
 @dataclass
@@ -134,6 +143,7 @@ class Session:
                         cache.head_dim,
                         cache.v_head_dim,
                         cache.dtype,
+                        shared_kv=cache.shared_kv,
                     ),
                     np.nan,
                     cache.dtype,
@@ -172,6 +182,8 @@ class Session:
 
     def _real(self, logits: jax.Array) -> np.ndarray:
         """Cut off the places that sharding added to the vocabulary; they are never chosen."""
+        if self.model.spec.task != "generate":
+            return np.asarray(logits)
         vocab = self.model.spec.vocab
         if not np.all(np.isneginf(logits[:, vocab:])):
             raise AssertionError("a place added to the vocabulary has a score")
@@ -206,16 +218,26 @@ class Session:
         return ForwardBatch(tokens, positions, prompt_lens, attention, sample_at), places
 
 
+def batches(prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Prompts in order, as many together as a step has rows and tokens for."""
+    out: list[list[Sequence[int]]] = [[]]
+    for prompt in prompts:
+        if len(out[-1]) == ROWS or sum(map(len, out[-1])) + len(prompt) > TOKENS:
+            out.append([])
+        out[-1].append(prompt)
+    return out
+
+
 def full_logits(model: Model, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Logits `[L, V]` of whole prompts, each computed in one piece, several rows to a step."""
     out = []
-    for first in range(0, len(prompts), 2):
+    for group in batches(prompts):
         session = Session(model)
-        pair = dict(enumerate(prompts[first : first + 2]))
-        for row, prompt in pair.items():
+        rows = dict(enumerate(group))
+        for row, prompt in rows.items():
             session.add(row, len(prompt))
-        logits = session.step(pair)
-        out += [logits[row] for row in pair]
+        logits = session.step(rows)
+        out += [logits[row] for row in rows]
     return out
 
 

@@ -31,10 +31,17 @@ def make_tiny(architecture: str, fields: Mapping[str, Any], seed: int = 0) -> An
         if getattr(config, "tie_word_embeddings", False):
             # Else a tied random model only repeats its input token.
             signs = torch.randint(0, 2, (config.hidden_size,), generator=generator) * 2 - 1
-            norm = model.get_decoder().norm.weight
+            norm = _final_norm(model)
             offset = 1 if _stores_scale_minus_one(norm) else 0
             norm.copy_((norm + offset) * signs - offset)
     return model
+
+
+def _final_norm(model: Any) -> torch.Tensor:
+    """The weight of the norm before the head."""
+    decoder = model.get_decoder()
+    names = ("norm", "norm_f", "final_layernorm", "ln_f")
+    return next(getattr(decoder, name) for name in names if hasattr(decoder, name)).weight
 
 
 def _realistic(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -59,10 +66,22 @@ def save(model: Any, folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
 
+def has_lm_head(model: Any) -> bool:
+    return model.get_output_embeddings() is not None
+
+
 def hf_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Logits `[L, V]` of each prompt, alone and without a cache."""
+    """What the head gives at every position `[L, V]` of each prompt, alone and without a cache.
+
+    Without an LM head, the scores of a text that ends there, or the last hidden states.
+    """
+    body = model if has_lm_head(model) else model.base_model
     with torch.no_grad():
-        return [model(torch.tensor([list(p)]), use_cache=False).logits[0].numpy() for p in prompts]
+        outputs = [body(torch.tensor([list(p)]), use_cache=False) for p in prompts]
+        if has_lm_head(model):
+            return [output.logits[0].numpy() for output in outputs]
+        head = getattr(model, "score", torch.nn.Identity())
+        return [head(output.last_hidden_state)[0].numpy() for output in outputs]
 
 
 def hf_greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:

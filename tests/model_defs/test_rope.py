@@ -11,7 +11,14 @@ import torch
 
 from model_defs.hf_config import HFConfig, UnsupportedConfig
 from model_defs.interface import AttentionMetadata, ForwardBatch
-from model_defs.layers.rope import Linear, Llama3, LongRope, Rope, rope_from_hf
+from model_defs.layers.rope import (
+    Linear,
+    Llama3,
+    LongRope,
+    PromptNTK,
+    Rope,
+    rope_from_hf,
+)
 
 
 def batch(positions: list[int], prompt_len: int = 1) -> ForwardBatch:
@@ -138,6 +145,42 @@ def test_longrope_mixes_requests_in_one_step() -> None:
     np.testing.assert_allclose(out[1:], rotate(rope, x[1:], [5], 80), atol=1e-6)
 
 
+def test_interleaved_rope_turns_neighbours() -> None:
+    x = heads(4, 20)
+    # Neighbours, put into halves, are what plain rope turns.
+    halves = np.concatenate([x[..., 0:16:2], x[..., 1:16:2], x[..., 16:]], -1)
+    turned = formula(halves, POSITIONS, BASE)
+    expected = np.concatenate(
+        [np.stack([turned[..., :8], turned[..., 8:16]], -1).reshape(4, 3, 16), x[..., 16:]], -1
+    )
+    out = rotate(Rope(10000.0, 16, interleaved=True), x, POSITIONS)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("prompt_len", [1, 4, 5, 8, 9, 16, 17, 33])
+def test_prompt_ntk_grows_the_base_in_steps_with_the_prompt(prompt_len: int) -> None:
+    x = heads(4, 16)
+    out = rotate(Rope(10000.0, 16, PromptNTK(4)), x, POSITIONS, prompt_len)
+    alpha = max(2 ** math.ceil(math.log2(prompt_len / 4) + 1) - 1, 1)
+    freqs = (10000.0 * alpha ** (16 / 14)) ** -(np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(out, formula(x, POSITIONS, freqs), atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "position", "length"),
+    [(10, 3, 16), (16, 15, 16), (40, 3, 40), (10, 29, 30)],  # the last is a generated token
+)
+def test_dynamic_scaling_grows_the_base_with_the_running_length(
+    prompt_len: int, position: int, length: int
+) -> None:
+    rope = read(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=16)
+    x = heads(1, 16)
+    base = 10000.0 * (2.0 * length / 16 - (2.0 - 1)) ** (16 / 14)
+    freqs = base ** -(np.arange(0, 16, 2) / 16)
+    out = rotate(rope, x, [position], prompt_len)
+    np.testing.assert_allclose(out, formula(x, [position], freqs), atol=2e-5)
+
+
 # ---- reading ---------------------------------------------------------------------------------
 
 
@@ -188,7 +231,7 @@ def test_longrope_with_too_few_factors_is_refused() -> None:
         read(rope_scaling=scaling)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "mrope"])
+@pytest.mark.parametrize("kind", ["mrope", "spiral"])
 def test_other_scalings_are_refused_by_name(kind: str) -> None:
     with pytest.raises(UnsupportedConfig, match=kind):
         read(rope_scaling={"type": kind, "factor": 2.0})

@@ -71,9 +71,24 @@ def test_axes_are_padded_to_their_shards() -> None:
     rules = ShardingRules(make_abstract_mesh(2, 4))
     assert rules.padded(Axis("vocab", 259)) == 260
     assert rules.padded(Axis("embed", 63)) == 63
-    assert rules.spec("embed", "ffn", None) == PartitionSpec(None, "tensor", None)
-    assert rules.spec("tokens", "q_heads") == PartitionSpec("data", "tensor")
+    model = ("expert", "tensor")
+    assert rules.spec("embed", "ffn", None) == PartitionSpec(None, model, None)
+    assert rules.spec("tokens", "q_heads") == PartitionSpec("data", model)
     assert rules.shards("rows") == 2
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_only_experts_notice_the_expert_groups(ep_size: int) -> None:
+    rules = ShardingRules(make_abstract_mesh(2, 4, ep_size=ep_size))
+    assert [rules.shards(axis) for axis in ("q_heads", "kv_heads", "ffn", "vocab")] == [4] * 4
+    assert rules.shards("experts") == ep_size
+    assert rules.shards("expert_ffn") == 4 // ep_size
+    assert rules.padded(Axis("experts", 6)) == -(-6 // ep_size) * ep_size
+
+
+def test_expert_groups_must_divide_the_devices() -> None:
+    with pytest.raises(ValueError, match=r"--ep-size 3 does not divide --tp-size 4"):
+        make_mesh(1, 4, jax.devices("cpu"), ep_size=3)
 
 
 def test_too_few_devices_are_reported_with_the_flags() -> None:

@@ -12,8 +12,11 @@ from model_defs.weights import (
     Rule,
     Source,
     Split,
+    Stack,
     Subtree,
     Tie,
+    Transpose,
+    Unstack,
     WeightPlanError,
     export,
     plan,
@@ -171,3 +174,87 @@ def test_a_checkpoint_of_another_model_is_refused_quickly() -> None:
     expected = {f"decoder.layers.{i}.ffn.weight": (3,) for i in range(3000)}
     with pytest.raises(WeightPlanError, match="6000 tensors"):
         plan(RULES, headers(stored), expected)
+
+
+# Rules that cut or order tensors in other ways: what is stored, what it becomes, and the same
+# array spelled in numpy.
+RESHAPING = {
+    "one tensor for each head": (
+        Stack("q_layernorm.norms.{}", "q_norm"),
+        {f"decoder.layers.0.q_layernorm.norms.{i}.weight": (4,) for i in range(11)},
+        {
+            "decoder.layers.0.q_norm.weight": lambda t: np.stack(
+                [t[f"decoder.layers.0.q_layernorm.norms.{i}.weight"] for i in range(11)]
+            )
+        },
+    ),
+    "one tensor for all experts": (
+        Unstack("experts", "expert.{}.up_proj"),
+        {"ffn.experts.weight": (3, 5, 4)},
+        {
+            f"ffn.expert.{i}.up_proj.weight": lambda t, i=i: t["ffn.experts.weight"][i]
+            for i in range(3)
+        },
+    ),
+    "shares of three parts in each group": (
+        Split("qkv", ("q", "k", "v"), (4, 2, 2), groups=3),
+        {"mixer.qkv.weight": (24, 5), "mixer.qkv.bias": (24,)},
+        {
+            f"mixer.{part}.{leaf}": lambda t, leaf=leaf, cut=cut: np.concatenate(
+                [group[cut] for group in np.split(t[f"mixer.qkv.{leaf}"], 3)]
+            )
+            for part, cut in (("q", slice(4)), ("k", slice(4, 6)), ("v", slice(6, 8)))
+            for leaf in ("weight", "bias")
+        },
+    ),
+    "matrices stored the other way round": (
+        Transpose(r"c_fc\.weight"),
+        {"ffn.c_fc.weight": (5, 4), "ffn.c_fc.bias": (4,)},
+        {
+            "ffn.c_fc.weight": lambda t: t["ffn.c_fc.weight"].T,
+            "ffn.c_fc.bias": lambda t: t["ffn.c_fc.bias"],
+        },
+    ),
+    "a decoder without a prefix": (
+        Subtree("", "decoder"),
+        {"layers.0.weight": (5, 4), "norm.weight": (4,)},
+        {
+            "decoder.layers.0.weight": lambda t: t["layers.0.weight"],
+            "decoder.norm.weight": lambda t: t["norm.weight"],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPING)
+def test_reshaping_rule_gives_the_parts_box_by_box_and_back(name: str) -> None:
+    rule, shapes, expected = RESHAPING[name]
+    stored = Tensors(shapes)
+    parts = {name: part(stored.arrays) for name, part in expected.items()}
+    made = plan((rule,), headers(shapes), {n: part.shape for n, part in parts.items()})
+    assert made.dropped == ()
+    for part_name, part in parts.items():
+        for box in boxes(part.shape):
+            np.testing.assert_array_equal(made.read(part_name, box, stored.read), part[box])
+    back = export((rule,), headers({n: part.shape for n, part in parts.items()}))
+    assert {n: expr.shape for n, expr in back.items()} == shapes
+    for stored_name, shape in shapes.items():
+        for box in boxes(shape):
+            again = back[stored_name].read(box, lambda n, i: parts[n][i])
+            np.testing.assert_array_equal(again, stored.arrays[stored_name][box])
+
+
+def boxes(shape: tuple[int, ...]):
+    """The whole, and every run of places of each dimension in turn."""
+    whole = tuple(slice(0, n) for n in shape)
+    yield whole
+    for dim, size in enumerate(shape):
+        for start in range(size):
+            for stop in range(start + 1, size + 1):
+                yield (*whole[:dim], slice(start, stop), *whole[dim + 1 :])
+
+
+def test_a_missing_part_of_a_stack_is_an_error() -> None:
+    stored = {f"q_layernorm.norms.{i}.weight": (4,) for i in (0, 2)}
+    with pytest.raises(WeightPlanError, match=r"q_norm\.weight is stored as parts \[0, 2\]"):
+        plan((Stack("q_layernorm.norms.{}", "q_norm"),), headers(stored), {})

@@ -9,13 +9,14 @@ import pytest
 
 from pallas_kernels.dispatch import Implementation, NoImplementation, dispatch
 from pallas_kernels.ragged_paged_attention import (
+    BlockSparse,
     cache_axes,
     cache_shape,
     default_page_size,
     ragged_paged_attention,
 )
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, ArgSpec
-from pallas_kernels.ragged_paged_attention.layout import read_slabs, shape_slabs
+from pallas_kernels.ragged_paged_attention.layout import read_shared, read_slabs, shape_slabs
 from pallas_kernels.ragged_paged_attention.xla import tile_blocks, tile_sizes, work_items
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
@@ -35,30 +36,52 @@ def assert_same_cache(cache, wanted) -> None:
     np.testing.assert_array_equal(np.asarray(cache, np.float32), np.asarray(wanted, np.float32))
 
 
+def stored(spec: ArgSpec, cache) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [pages, K, page_size, H] and values [pages, K, page_size, Hv] of a whole cache."""
+    every = jnp.arange(cache.shape[0])
+    if spec.shared_kv:
+        keys = np.asarray(read_shared(cache, every), np.float64).swapaxes(1, 2)
+        return keys, keys[..., : spec.v_head_dim]
+    keys, values = shape_slabs(*read_slabs(cache, every), spec.head_dim, spec.v_head_dim)
+    return np.asarray(keys, np.float64).swapaxes(-1, -2), np.asarray(values, np.float64)
+
+
+def seen_keys(spec: ArgSpec, i: int, head: int) -> list[int]:
+    """Positions of the keys that the query at i sees."""
+    keys = range(0 if spec.window is None else max(0, i - spec.window + 1), i + 1)
+    if spec.block_sparse is None:
+        return list(keys)
+    size, local, stride = (
+        spec.block_sparse.block_size,
+        spec.block_sparse.local_blocks,
+        spec.block_sparse.vertical_stride,
+    )
+    return [
+        j for j in keys if i // size - j // size < local or (j // size + head + 1) % stride == 0
+    ]
+
+
 def formula(spec: ArgSpec, arguments, cache) -> np.ndarray:
     """Softmax attention of one query at a time, from the pages of the new cache."""
-    q, _, _, _, _, page_table, query_starts, _ = map(np.asarray, arguments)
+    q, page_table, query_starts = (np.asarray(arguments[i]) for i in (0, 5, 6))
     slopes = spec.options()["alibi_slopes"]
     slopes = np.zeros(spec.num_heads) if slopes is None else np.asarray(slopes)
     out = np.zeros((spec.tokens, spec.num_heads, spec.v_head_dim))
-    slabs = shape_slabs(
-        *read_slabs(cache, jnp.arange(cache.shape[0])), spec.head_dim, spec.v_head_dim
-    )
-    all_keys, all_values = (np.asarray(x, np.float64) for x in slabs)
+    all_keys, all_values = stored(spec, cache)
     for row, (num_new, kv_len) in enumerate(spec.rows):
         pages = page_table[row, : -(-kv_len // spec.page_size)]
         for token in range(num_new):
             i = kv_len - num_new + token
-            start = 0 if spec.window is None else max(0, i - spec.window + 1)
             for head in range(spec.num_heads):
                 kv_head = head // (spec.num_heads // spec.num_kv_heads)
-                keys = np.concatenate([all_keys[p, kv_head].T for p in pages])[start : i + 1]
-                values = np.concatenate([all_values[p, kv_head] for p in pages])[start : i + 1]
+                seen = seen_keys(spec, i, head)
+                keys = np.concatenate([all_keys[p, kv_head] for p in pages])[seen]
+                values = np.concatenate([all_values[p, kv_head] for p in pages])[seen]
                 query = np.asarray(q[query_starts[row] + token, head], np.float64)
                 scores = keys @ query * spec.head_dim**-0.5
                 if spec.softcap is not None:
                     scores = spec.softcap * np.tanh(scores / spec.softcap)
-                scores = scores + slopes[head] * (np.arange(start, i + 1) - i)
+                scores = scores + slopes[head] * (np.array(seen) - i)
                 weights = np.exp(scores - scores.max())
                 out[query_starts[row] + token, head] = weights @ values / weights.sum()
     return out
@@ -106,6 +129,76 @@ def test_random_batches_equal_a_plain_formula(seed):
         np.testing.assert_allclose(
             out, formula(spec, arguments, cache), atol=2e-5, rtol=0, err_msg=implementation
         )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_block_sparse_and_shared_values_equal_a_plain_formula(seed):
+    rng = np.random.default_rng(100 + seed)
+    heads, kv_heads = [(6, 2), (4, 1), (3, 3), (8, 2)][seed % 4]
+    spec = replace(
+        SMALL,
+        rows=random_rows(rng, SMALL.tokens, SMALL.row_slots, 60),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        v_head_dim=[16, 12, 1][seed % 3],
+        page_size=[4, 8, 1][seed % 3],
+        window=[None, None, 7][seed // 2 % 3],
+        softcap=[None, 3.0][seed // 3 % 2],
+        alibi=seed % 5 == 0,
+        block_sparse=[None, BlockSparse(4, 2, 3), BlockSparse(3, 1, 5)][seed // 2 % 3],
+        shared_kv=seed % 3 > 0,
+        pages_per_row=128,
+    )
+    arguments = spec.arguments(seed)
+    for implementation in ("reference", "xla"):
+        out, cache = run(spec, arguments, implementation)
+        np.testing.assert_allclose(
+            out, formula(spec, arguments, cache), atol=2e-5, rtol=0, err_msg=implementation
+        )
+
+
+def test_a_shared_cache_holds_the_keys_and_nothing_else():
+    shape = cache_shape(10, 16, 1, 576, 512, jnp.bfloat16, shared_kv=True)
+    assert np.prod(shape) == 10 * 16 * (512 + 64)
+
+
+def test_shared_keys_are_written_to_their_slots_and_nowhere_else():
+    spec = replace(SMALL, rows=((1, 5), (7, 10)), v_head_dim=12, shared_kv=True)
+    arguments = spec.arguments()
+    _, k, _, before, _, page_table, _, _ = arguments
+    _, after = run(spec, arguments)
+    keys, old_keys = stored(spec, after)[0].copy(), stored(spec, before)[0]
+    for token, (row, position) in enumerate([(0, 4), *((1, p) for p in range(3, 10))]):
+        page, slot = page_table[row, position // 4], position % 4
+        np.testing.assert_array_equal(keys[page, :, slot], k[token])
+        keys[page, :, slot] = old_keys[page, :, slot]
+    np.testing.assert_array_equal(keys, old_keys)
+
+
+@pytest.mark.parametrize("name", ["alibi", "block_sparse"])
+def test_per_head_arguments_are_split_with_the_heads(name):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    value = {"alibi": True, "block_sparse": BlockSparse(2, 1, 3)}[name]
+    spec = replace(SMALL, rows=((1, 9), (6, 11)), **{name: value})
+    arguments, options = spec.arguments(), spec.options()
+    argument = {"alibi": "alibi_slopes", "block_sparse": "block_offsets"}[name]
+    per_head = options.pop(argument)
+    wanted, _ = run(spec, arguments)
+    mesh = jax.make_mesh(
+        (2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    heads, whole = jax.P(None, "x", None), jax.P()
+    pages = jax.P(*("x" if axis == "kv_heads" else None for axis in cache_axes()))
+    out, _ = jax.jit(
+        jax.shard_map(
+            lambda each, *arrays: ragged_paged_attention(*arrays, **options, **{argument: each}),
+            mesh=mesh,
+            in_specs=(jax.P("x"), heads, heads, heads, pages, whole, whole, whole, whole),
+            out_specs=(heads, pages),
+        )
+    )(per_head, *arguments)
+    np.testing.assert_allclose(out, wanted, atol=1e-6)
 
 
 def test_tokens_are_written_to_their_slots_and_nowhere_else():
@@ -214,12 +307,23 @@ def test_tile_sizes_never_exceed_the_bucket():
             assert small <= tile <= tokens
 
 
+@pytest.mark.parametrize("shared_kv", [False, True], ids=["", "shared_kv"])
 @pytest.mark.parametrize("tokens", [1, 8, 64])
-def test_a_donated_cache_is_updated_in_place(tokens):
+def test_a_donated_cache_is_updated_in_place(tokens, shared_kv):
     rows = ((tokens, tokens + 3),)
     spec = replace(SMALL, rows=rows, tokens=tokens, row_slots=1)
+    if shared_kv:
+        spec = replace(spec, num_kv_heads=1, v_head_dim=12, shared_kv=True)
     q, k, v, _, *metadata = spec.arguments()
-    shape = cache_shape(100_000, 4, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, q.dtype)
+    shape = cache_shape(
+        100_000,
+        4,
+        spec.num_kv_heads,
+        spec.head_dim,
+        spec.v_head_dim,
+        q.dtype,
+        shared_kv=shared_kv,
+    )
     cache = jax.ShapeDtypeStruct(shape, q.dtype)
 
     def step(cache, q, k, v, metadata):
@@ -268,6 +372,23 @@ def test_wrong_shapes_are_all_named():
         ragged_paged_attention(
             q, k, v, cache[..., :-1], kv_lens, page_table, query_starts[1:], distribution, scale=1
         )
+    with pytest.raises(ValueError, match=r"v_head_dim is 17; .* to the head_dim 16"):
+        ragged_paged_attention(
+            q,
+            k,
+            None,
+            cache,
+            kv_lens,
+            page_table,
+            query_starts,
+            distribution,
+            scale=1,
+            v_head_dim=17,
+        )
+    with pytest.raises(ValueError, match="block_offsets is absent; give both or neither"):
+        ragged_paged_attention(*SMALL.arguments(), scale=1, block_sparse=BlockSparse(1, 1, 1))
+    with pytest.raises(ValueError, match=r"local_blocks=0.*at least 1"):
+        BlockSparse(1, 0, 1)
     with pytest.raises(ValueError, match="window is 0"):
         ragged_paged_attention(*SMALL.arguments(), scale=1, window=0)
     with pytest.raises(ValueError, match="choose one of: xla, reference"):

@@ -37,6 +37,8 @@ class FakeModelInfo:
     max_model_len: int = 200
     vocab_size: int = 262
     dtype: str = "float32"
+    task: str = "generate"
+    end_token: int | None = None
 
 
 class FakeEngine:

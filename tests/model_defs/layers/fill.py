@@ -17,10 +17,15 @@ from ..harness import context
 
 
 def built(
-    build: Callable[[BuildContext], Any], dtype: Any = np.float32, tp_size: int = 1
+    build: Callable[[BuildContext], Any],
+    dtype: Any = np.float32,
+    tp_size: int = 1,
+    *,
+    dp_size: int = 1,
+    ep_size: int = 1,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Return the module `build(ctx)` makes, and the weights it was filled with."""
-    ctx = context(1, tp_size, dtype)
+    ctx = context(dp_size, tp_size, dtype, ep_size)
     module = build(ctx)
     rng = np.random.default_rng(7)
     weights = {

@@ -10,8 +10,8 @@ import pytest
 
 from model_defs.hf_config import HFConfig
 from model_defs.interface import AttentionMetadata, ForwardBatch
-from model_defs.layers.attention import GQA
-from model_defs.layers.norm import RMSNorm
+from model_defs.layers.attention import GQA, ALiBi
+from model_defs.layers.norm import LayerNorm, RMSNorm
 from model_defs.layers.rope import Rope
 from model_defs.sharding import Axis
 from pallas_kernels.ragged_paged_attention import cache_shape
@@ -30,8 +30,26 @@ VARIANTS = {
     "window of one": replace(PLAIN, window=1),
     "softcap": replace(PLAIN, softcap=1.5),
     "qk_norm": replace(PLAIN, qk_norm=RMSNorm(1e-6, 1.0), position=Rope(100.0, 4)),
+    "LayerNorm of each head": replace(
+        PLAIN, qk_norm=LayerNorm(1e-6, bias=False), qk_norm_over="each_head"
+    ),
+    "norm of each head": replace(PLAIN, qk_norm=RMSNorm(1e-6), qk_norm_over="each_head"),
+    "norm over all heads": replace(PLAIN, qk_norm=RMSNorm(1e-6), qk_norm_over="all_heads"),
+    "clip": replace(PLAIN, clip=1.0, position=Rope(100.0, 8)),
+    "clip after norm": replace(PLAIN, clip=1.0, qk_norm=RMSNorm(1e-6)),
+    "logn": replace(PLAIN, logn=4),
+    "interleaved rope": replace(PLAIN, position=Rope(100.0, 4, interleaved=True)),
+    "alibi": replace(PLAIN, position=ALiBi()),
+    "alibi, six heads": replace(PLAIN, heads=6, position=ALiBi()),
     "qkv_bias": replace(PLAIN, qkv_bias=True),
     "out_bias": replace(PLAIN, out_bias=True),
+}
+
+
+# The paper's example for 4 heads, and its authors' rule for 6: those of 4, two of 8's between.
+SLOPES = {
+    4: np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256]),
+    6: np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]),
 }
 
 
@@ -48,24 +66,42 @@ def one_row() -> ForwardBatch:
     )
 
 
+def normalised(spec: GQA, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    shape = y.shape
+    if spec.qk_norm_over == "all_heads":
+        y = y.reshape(TOKENS, 1, -1)
+    if isinstance(spec.qk_norm, LayerNorm):
+        y, offset = y - y.mean(-1, keepdims=True), 0.0
+    else:
+        offset = spec.qk_norm.offset
+    rms = np.sqrt((y**2).mean(-1, keepdims=True) + spec.qk_norm.eps)
+    return (y / rms * (offset + weight)).reshape(shape)
+
+
 def dense(spec: GQA, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     def project(name: str, heads: int, norm: str | None) -> np.ndarray:
         y = x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
         y = y.reshape(TOKENS, heads, spec.head_dim)
         if norm and spec.qk_norm:
-            rms = np.sqrt((y**2).mean(-1, keepdims=True) + spec.qk_norm.eps)
-            y = y / rms * (spec.qk_norm.offset + w[f"{norm}.weight"])
-        if norm and spec.position:
+            y = normalised(spec, y, w[f"{norm}.weight"])
+        if spec.clip:
+            y = np.clip(y, -spec.clip, spec.clip)
+        if norm and isinstance(spec.position, Rope):
             y = np.asarray(spec.position.rotate(y, spec.position.tables(one_row())))
         return np.repeat(y, spec.heads // heads, axis=1)
 
     q = project("q_proj", spec.heads, "q_norm")
     k = project("k_proj", spec.kv_heads, "k_norm")
     v = project("v_proj", spec.kv_heads, None)
+    if spec.logn:
+        factors = np.log(np.arange(TOKENS) + 1) / np.log(spec.logn)
+        q = q * np.maximum(factors, 1)[:, None, None]
     scores = np.einsum("inh,jnh->nij", q, k) * (spec.scale or spec.head_dim**-0.5)
     if spec.softcap:
         scores = spec.softcap * np.tanh(scores / spec.softcap)
     distance = np.arange(TOKENS)[:, None] - np.arange(TOKENS)
+    if isinstance(spec.position, ALiBi):
+        scores = scores - SLOPES[spec.heads][:, None, None] * distance
     seen = (distance >= 0) & (distance < (spec.window or TOKENS))
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model_defs.layers.embedding import Embedding, Head
+from model_defs.layers.embedding import Embedding, LMHead
 from model_defs.sharding import Axis
 
 from .fill import built
@@ -24,7 +24,7 @@ def test_lookup_gives_rows(tp_size: int) -> None:
 @pytest.mark.parametrize("tp_size", [1, 4])
 @pytest.mark.parametrize("kind", ["tied", "own"])
 def test_heads_score_every_token_in_float32(kind: str, tp_size: int) -> None:
-    build = Embedding if kind == "tied" else Head
+    build = Embedding if kind == "tied" else LMHead().build
     module, w = built(lambda ctx: build(ctx, VOCAB, EMBED), jnp.bfloat16, tp_size)
     (weight,) = w.values()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.bfloat16)

@@ -1,0 +1,62 @@
+"""Named real shapes of the grouped matrix product, shared by tests, bench and tuning."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ArgSpec:
+    """One call: a layer's experts and how many rows each of them gets.
+
+    group_sizes: rows of the first groups; those not named get none.
+    num_rows: M, at least the sum of group_sizes.
+    """
+
+    name: str
+    num_rows: int
+    num_groups: int
+    inner: int
+    outer: int
+    group_sizes: tuple[int, ...]
+    dtype: str = "float32"
+
+    def arguments(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Random x, w, group_sizes; rows that no group owns are NaN."""
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((self.num_rows, self.inner), np.float32)
+        x[sum(self.group_sizes) :] = np.nan
+        w = rng.standard_normal((self.num_groups, self.inner, self.outer), np.float32)
+        sizes = np.zeros(self.num_groups, np.int32)
+        sizes[: len(self.group_sizes)] = self.group_sizes
+        return jnp.asarray(x, self.dtype), jnp.asarray(w, self.dtype), jnp.asarray(sizes)
+
+
+def _spread(num_rows: int, num_groups: int, seed: int = 0) -> tuple[int, ...]:
+    """num_rows dealt to the groups at random, as a router does."""
+    choice = np.random.default_rng(seed).integers(0, num_groups, num_rows)
+    return tuple(np.bincount(choice, minlength=num_groups).tolist())
+
+
+_GRANITE_1B = (32, 1024, 1024)  # experts, d_model, gate and up of 512 each; top 8
+_OLMOE_1B = (64, 2048, 2048)
+_MIXTRAL_8X7B_TP8 = (8, 4096, 3584)
+
+ARG_SPECS: tuple[ArgSpec, ...] = (
+    ArgSpec("granite_1b-decode_1", 8, *_GRANITE_1B, (1,) * 8),
+    ArgSpec("granite_1b-decode_8", 64, *_GRANITE_1B, _spread(64, 32)),
+    ArgSpec("granite_1b-prefill_64", 512, *_GRANITE_1B, _spread(512, 32)),
+    ArgSpec("granite_1b-prefill_512", 4096, *_GRANITE_1B, _spread(4096, 32)),
+    ArgSpec("granite_1b-down_64", 512, 32, 512, 1024, _spread(512, 32)),
+    ArgSpec("olmoe_1b-decode_1", 8, *_OLMOE_1B, (1,) * 8),
+    ArgSpec("mixtral_8x7b_tp8-decode_4", 8, *_MIXTRAL_8X7B_TP8, (3, 0, 2, 0, 0, 2, 1), "bfloat16"),
+    ArgSpec("empty_groups", 100, 16, 48, 32, (0, 0, 37, 0, 1, 0, 0, 8, 0, 54)),
+    ArgSpec("one_giant_group", 300, 8, 64, 40, (0, 0, 0, 300)),
+    ArgSpec("unused_rows", 200, 8, 64, 40, (3, 17, 0, 33, 1, 0, 9, 2)),
+    ArgSpec("no_rows", 16, 4, 32, 32, ()),
+    ArgSpec("one_row", 1, 4, 32, 32, (0, 0, 1)),
+    ArgSpec("one_group", 37, 1, 32, 24, (31,)),
+    ArgSpec("half", 50, 6, 32, 24, (9, 0, 20, 5), "float16"),
+)
