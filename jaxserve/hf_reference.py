@@ -5,6 +5,7 @@ Needs the extra `verify`. Importing this module imports torch; nothing that serv
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import tempfile
@@ -36,6 +37,13 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__}"
+
+# transformers 5.24 renamed the KV cache of a call and of its output.
+_CACHE_FIELD = next(
+    field.name
+    for field in dataclasses.fields(transformers.modeling_outputs.CausalLMOutputWithPast)
+    if field.name in ("cache", "past_key_values")
+)
 
 # Config keys that do not change what a model computes.
 _BOOKKEEPING = (
@@ -205,6 +213,16 @@ def rounding(model: Any, token_ids: Sequence[int], logits: np.ndarray) -> np.nda
     return np.abs(moved.float().numpy() - logits).max(axis=-1)
 
 
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The KV cache as a keyword argument of a model, under the name this transformers gives it."""
+    return {_CACHE_FIELD: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in what a model returned."""
+    return getattr(output, _CACHE_FIELD)
+
+
 @torch.inference_mode()
 def greedy(
     model: Any, token_ids: Sequence[int], num_tokens: int, *, use_cache: bool = True
@@ -217,12 +235,12 @@ def greedy(
     margins = []
     for _ in range(num_tokens):
         out = model(
-            torch.tensor([new]), past_key_values=cache, use_cache=use_cache, logits_to_keep=1
+            torch.tensor([new]), **cache_argument(cache), use_cache=use_cache, logits_to_keep=1
         )
         best = out.logits[0, -1].float().topk(2)
         margins.append(float(best.values[0] - best.values[1]))
         known.append(int(best.indices[0]))
-        cache, new = (out.past_key_values, known[-1:]) if use_cache else (None, known)
+        cache, new = (cache_of(out), known[-1:]) if use_cache else (None, known)
     return Greedy(known[len(token_ids) :], margins)
 
 
@@ -253,8 +271,8 @@ class HFTimer:
         start_s = time.perf_counter()
         new, cache = torch.tensor([list(prompt) for prompt in prompts]), None
         for step in range(num_output):
-            out = self._model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = self._model(new, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+            cache = cache_of(out)
             new = out.logits[:, -1].argmax(dim=-1, keepdim=True)
             new[0, 0].item()  # as an engine must, to send the token
             if step == 0 and num_output > 1:

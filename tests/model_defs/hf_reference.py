@@ -16,6 +16,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from jaxserve.hf_reference import cache_argument, cache_of
+
 
 def make_tiny(architecture: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
     """Return a random fp32 model of transformers' class `architecture`."""
@@ -89,8 +91,8 @@ def hf_greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int],
     cache, new, logits = None, list(prompt), []
     with torch.no_grad():
         for _ in range(count):
-            out = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(torch.tensor([new]), **cache_argument(cache), use_cache=True)
+            cache = cache_of(out)
             logits.append(out.logits[0, -1].numpy())
             new = [int(logits[-1].argmax())]
     return [int(step.argmax()) for step in logits], np.stack(logits)
