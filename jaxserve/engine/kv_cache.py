@@ -49,6 +49,7 @@ def cache_structs(
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shape, dtype and sharding of every layer's cache; `num_pages` counts one rank's pages."""
     ranks = rules.shards("pages")
+    platform = rules.mesh.devices.flat[0].platform
     return tuple(
         jax.ShapeDtypeStruct(
             cache_shape(
@@ -59,6 +60,7 @@ def cache_structs(
                 s.v_head_dim,
                 s.dtype,
                 shared_kv=s.shared_kv,
+                platform=platform,
             ),
             s.dtype,
             sharding=rules.sharding(*cache_axes()),

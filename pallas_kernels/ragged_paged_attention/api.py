@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.ragged_paged_attention import reference, xla
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
-from pallas_kernels.ragged_paged_attention.layout import cache_axes, cache_shape, page_size_of
+from pallas_kernels.ragged_paged_attention.layout import (
+    TOKEN_MINOR_RANK,
+    cache_axes,
+    cache_shape,
+    num_pages_of,
+    page_size_of,
+)
 
 __all__ = [
     "BlockSparse",
@@ -56,8 +62,8 @@ def ragged_paged_attention(
       n // (N // K)); float32, bfloat16 or float16. Sums are kept in float32.
     v: None where values are not stored: the value of a token is then the first v_head_dim numbers
       of its key (multi-head latent attention), and v_head_dim must be given.
-    cache: one layer's pages, shape `cache_shape(...)`, with `shared_kv` where v is None; donate it
-      to have it updated in place.
+    cache: one layer's pages, shape `cache_shape(...)` of any platform, with `shared_kv` where v is
+      None; donate it to have it updated in place.
     kv_lens: i32[R]. page_table: i32[R, P]; entries past a row's last page are never followed.
     query_starts: i32[R + 1], rising from 0; entries past the last live row are ignored.
     distribution: i32[3] = (i, j, k): each of the rows [0, i) has exactly one token in this step,
@@ -113,7 +119,7 @@ def _check(
     q, k, v, v_head_dim, cache, kv_lens, page_table, query_starts, distribution, per_head
 ) -> None:
     """Raise one ValueError that lists every argument whose shape or dtype does not fit."""
-    if not all(x.ndim == 3 for x in (q, k, v) if x is not None) or cache.ndim != len(cache_axes()):
+    if not all(x.ndim == 3 for x in (q, k, v) if x is not None) or cache.ndim not in (3, 4):
         raise ValueError(
             "ragged_paged_attention: need q [T,N,H], k [T,K,H], v [T,K,Hv] or None and a cache "
             f"shaped by cache_shape(); found shapes {q.shape}, {k.shape}, "
@@ -129,15 +135,16 @@ def _check(
         )
     if v is not None:
         v_head_dim = v.shape[2] if v_head_dim is None else v_head_dim
-    page_size = max(1, page_size_of(cache, head_dim, v_head_dim, shared_kv=shared_kv))
+    page_size = max(1, page_size_of(cache, head_dim, v_head_dim))
     wanted_cache = cache_shape(
-        cache.shape[0],
+        num_pages_of(cache),
         page_size,
         num_kv_heads,
         head_dim,
         v_head_dim,
         cache.dtype,
         shared_kv=shared_kv,
+        platform="cpu" if cache.ndim == TOKEN_MINOR_RANK else "accelerator",
     )
     wanted = {
         "k": (k.shape, (num_tokens, num_kv_heads, head_dim)),

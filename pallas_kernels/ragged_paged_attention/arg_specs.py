@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
-from pallas_kernels.ragged_paged_attention.layout import cache_shape
+from pallas_kernels.ragged_paged_attention.layout import pack_cache
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ class ArgSpec:
             "v_head_dim": self.v_head_dim,
         }
 
-    def arguments(self, seed: int = 0) -> tuple[Any, ...]:
+    def arguments(self, seed: int = 0, platform: str = "cpu") -> tuple[Any, ...]:
         """Random q, k, v (None if shared), cache, kv_lens, page_table, query_starts, distribution.
+
+        The cache is laid out as `platform` keeps it.
 
         Pages are handed out in random order; what no row has written yet (spare pages, and slots
         from each row's first new token on) is NaN.
@@ -68,32 +70,18 @@ class ArgSpec:
         kv_lens = np.zeros(self.row_slots, np.int32)
         page_table = np.full((self.row_slots, max_pages), free.pop(), np.int32)
         query_starts = np.zeros(self.row_slots + 1, np.int32)
-        width = max(self.head_dim, self.v_head_dim)
-        shape = cache_shape(
-            num_pages,
-            self.page_size,
-            self.num_kv_heads,
-            self.head_dim,
-            self.v_head_dim,
-            self.dtype,
-            shared_kv=self.shared_kv,
-        )
-        cache = np.full(shape, np.nan, np.float32)
-        if self.shared_kv:
-            keys = values = cache.transpose(0, 2, 1, 3)
-        else:
-            keys = cache[:, 0].reshape(num_pages, self.num_kv_heads, width, self.page_size)
-            values = cache[:, 1].reshape(num_pages, self.num_kv_heads, self.page_size, width)
+        shape = (num_pages, self.num_kv_heads, self.page_size)
+        keys = np.full((*shape, self.head_dim), np.nan, np.float32)
+        values = np.full((*shape, self.v_head_dim), np.nan, np.float32)
         for row, ((num_new, kv_len), count) in enumerate(zip(self.rows, counts, strict=True)):
             kv_lens[row] = kv_len
             query_starts[row + 1] = query_starts[row] + num_new
             for column in range(count):
                 page = page_table[row, column] = free.pop()
                 known = min(self.page_size, max(0, kv_len - num_new - column * self.page_size))
-                # Every D element of the slot: the padding of the narrower of k and v is read too.
-                if not self.shared_kv:
-                    keys[page, ..., :known] = rng.standard_normal(keys[page, ..., :known].shape)
-                values[page, :, :known] = rng.standard_normal(values[page, :, :known].shape)
+                for pages in (keys, values):
+                    filled = pages[page, :, :known]
+                    filled[...] = rng.standard_normal(filled.shape)
         query_starts[len(self.rows) + 1 :] = query_starts[len(self.rows)]
         singles = 0
         while singles < len(self.rows) and self.rows[singles][0] == 1:
@@ -107,7 +95,11 @@ class ArgSpec:
             normal(self.tokens, self.num_heads, self.head_dim),
             normal(self.tokens, self.num_kv_heads, self.head_dim),
             None if self.shared_kv else normal(self.tokens, self.num_kv_heads, self.v_head_dim),
-            jnp.asarray(cache, self.dtype),
+            pack_cache(
+                jnp.asarray(keys, self.dtype),
+                None if self.shared_kv else jnp.asarray(values, self.dtype),
+                platform=platform,
+            ),
             *map(jnp.asarray, (kv_lens, page_table, query_starts, distribution)),
         )
 

@@ -45,10 +45,11 @@ def ragged_paged_attention(
     def attend(token):
         query, row, position, live = token
         if v is None:
-            keys = read_shared(cache, page_table[row]).reshape(-1, num_kv_heads, head_dim)
+            keys = read_shared(cache, page_table[row]).swapaxes(1, 2)
+            keys = keys.reshape(-1, num_kv_heads, head_dim)
             values = keys[..., :v_head_dim]
         else:
-            slabs = read_slabs(cache, page_table[row])
+            slabs = read_slabs(cache, page_table[row], head_dim, v_head_dim)
             keys, values = shape_slabs(*slabs, head_dim, v_head_dim)
             # [P, K, H, page_size] and [P, K, page_size, Hv] to [S, K, ..]
             keys = keys.transpose(0, 3, 1, 2).reshape(-1, num_kv_heads, head_dim)

@@ -22,6 +22,7 @@ from jax import lax
 
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
+    num_pages_of,
     page_size_of,
     read_shared,
     read_slabs,
@@ -116,7 +117,7 @@ def ragged_paged_attention(
     """See `api.ragged_paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    page_size = page_size_of(cache, head_dim, v_head_dim, shared_kv=v is None)
+    page_size = page_size_of(cache, head_dim, v_head_dim)
     group = num_heads // num_kv_heads
     tile, small_tile = tile_sizes(num_tokens, group)
     cache = write_tokens(cache, k, v, kv_lens, page_table, query_starts, distribution)
@@ -242,7 +243,7 @@ def _attend_singles(
     num_tokens, num_kv_heads, group, head_dim = queries.shape
     num_rows = min(kv_lens.shape[0], num_tokens)
     max_pages = page_table.shape[1]
-    page_size = page_size_of(cache, head_dim, v_head_dim, shared_kv=score.shared_kv)
+    page_size = page_size_of(cache, head_dim, v_head_dim)
     width = _items_per_trip(num_rows, max_pages, page_size, cache)
     span = min(width, num_rows)  # Rows one trip can touch: they are consecutive.
 
@@ -324,7 +325,7 @@ def _attend_tiles(
     num_tokens, num_kv_heads, group, head_dim = queries.shape
     v_head_dim = out.shape[-1]
     num_rows = kv_lens.shape[0]
-    page_size = page_size_of(cache, head_dim, v_head_dim, shared_kv=score.shared_kv)
+    page_size = page_size_of(cache, head_dim, v_head_dim)
     block_pages = min(max(1, block // page_size), page_table.shape[1])
     block = block_pages * page_size
     tile_ends = jnp.cumsum(tiles)
@@ -399,10 +400,10 @@ def _load(
     """
     if score.shared_kv:
         keys = read_shared(cache, pages)
-        counts = jnp.arange(keys.shape[1], dtype=jnp.int32) < known[:, None]
-        keys = jnp.where(counts[..., None, None], keys.astype(jnp.float32), 0.0)
-        return keys.transpose(0, 2, 3, 1), keys[..., :v_head_dim].swapaxes(1, 2)
-    keys, values = read_slabs(cache, pages)
+        counts = jnp.arange(keys.shape[2], dtype=jnp.int32) < known[:, None]
+        keys = jnp.where(counts[:, None, :, None], keys.astype(jnp.float32), 0.0)
+        return keys.swapaxes(2, 3), keys[..., :v_head_dim]
+    keys, values = read_slabs(cache, pages, head_dim, v_head_dim)
     # Done on the flat slabs: XLA for CPU vectorises a long last axis, and copies a short one
     # (64) element by element.
     keys = keys.astype(jnp.float32) * score.scale
@@ -429,7 +430,7 @@ def _zero_of(*arrays: jax.Array) -> jax.Array:
 def _items_per_trip(num_rows: int, max_pages: int, page_size: int, cache: jax.Array) -> int:
     """Pages one trip of the one-token loop takes."""
     tokens = min(256 * num_rows, 2048)
-    page_bytes = 4 * cache.shape[1] * cache.shape[2] * cache.shape[3]  # As float32.
+    page_bytes = 4 * cache.size // num_pages_of(cache)  # As float32.
     pages = min(tokens // page_size, _CHUNK_BYTES // page_bytes, num_rows * max_pages)
     return max(1, pages)
 

@@ -16,7 +16,7 @@ from pallas_kernels.ragged_paged_attention import (
     ragged_paged_attention,
 )
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, ArgSpec
-from pallas_kernels.ragged_paged_attention.layout import read_shared, read_slabs, shape_slabs
+from pallas_kernels.ragged_paged_attention.layout import unpack_cache
 from pallas_kernels.ragged_paged_attention.xla import tile_blocks, tile_sizes, work_items
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
@@ -38,12 +38,9 @@ def assert_same_cache(cache, wanted) -> None:
 
 def stored(spec: ArgSpec, cache) -> tuple[np.ndarray, np.ndarray]:
     """Keys [pages, K, page_size, H] and values [pages, K, page_size, Hv] of a whole cache."""
-    every = jnp.arange(cache.shape[0])
-    if spec.shared_kv:
-        keys = np.asarray(read_shared(cache, every), np.float64).swapaxes(1, 2)
-        return keys, keys[..., : spec.v_head_dim]
-    keys, values = shape_slabs(*read_slabs(cache, every), spec.head_dim, spec.v_head_dim)
-    return np.asarray(keys, np.float64).swapaxes(-1, -2), np.asarray(values, np.float64)
+    parts = unpack_cache(cache, spec.head_dim, spec.v_head_dim, shared_kv=spec.shared_kv)
+    keys, values = (np.asarray(part, np.float64) for part in parts)
+    return keys, values
 
 
 def seen_keys(spec: ArgSpec, i: int, head: int) -> list[int]:
@@ -98,9 +95,10 @@ def random_rows(rng: np.random.Generator, tokens: int, slots: int, max_kv: int):
     return tuple(rows)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=NAMES)
-def test_xla_equals_reference(spec):
-    arguments = spec.arguments()
+def test_xla_equals_reference_in_every_layout(spec, platform):
+    arguments = spec.arguments(platform=platform)
     wanted, wanted_cache = run(spec, arguments, "reference")
     out, cache = run(spec, arguments, "xla")
     np.testing.assert_allclose(out, wanted, atol=TOLERANCE[spec.dtype], rtol=0)
@@ -206,15 +204,13 @@ def test_tokens_are_written_to_their_slots_and_nowhere_else():
     arguments = spec.arguments()
     _, k, v, before, _, page_table, _, _ = arguments
     _, after = run(spec, arguments)
-    every = jnp.arange(before.shape[0])
-    keys, values = shape_slabs(*read_slabs(after, every), spec.head_dim, spec.v_head_dim)
-    old_keys, old_values = shape_slabs(*read_slabs(before, every), spec.head_dim, spec.v_head_dim)
-    keys, values, old_keys, old_values = map(np.array, (keys, values, old_keys, old_values))
+    keys, values = map(np.array, stored(spec, after))
+    old_keys, old_values = stored(spec, before)
     for token, (row, position) in enumerate([(0, 4), *((1, p) for p in range(3, 10))]):
         page, slot = page_table[row, position // 4], position % 4
-        np.testing.assert_array_equal(keys[page, :, :, slot], k[token])
+        np.testing.assert_array_equal(keys[page, :, slot], k[token])
         np.testing.assert_array_equal(values[page, :, slot], v[token])
-        keys[page, :, :, slot] = old_keys[page, :, :, slot]
+        keys[page, :, slot] = old_keys[page, :, slot]
         values[page, :, slot] = old_values[page, :, slot]
     np.testing.assert_array_equal(keys, old_keys)
     np.testing.assert_array_equal(values, old_values)
@@ -308,8 +304,9 @@ def test_tile_sizes_never_exceed_the_bucket():
 
 
 @pytest.mark.parametrize("shared_kv", [False, True], ids=["", "shared_kv"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("tokens", [1, 8, 64])
-def test_a_donated_cache_is_updated_in_place(tokens, shared_kv):
+def test_a_donated_cache_is_updated_in_place(tokens, platform, shared_kv):
     rows = ((tokens, tokens + 3),)
     spec = replace(SMALL, rows=rows, tokens=tokens, row_slots=1)
     if shared_kv:
@@ -323,6 +320,7 @@ def test_a_donated_cache_is_updated_in_place(tokens, shared_kv):
         spec.v_head_dim,
         q.dtype,
         shared_kv=shared_kv,
+        platform=platform,
     )
     cache = jax.ShapeDtypeStruct(shape, q.dtype)
 
