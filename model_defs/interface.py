@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -23,6 +23,8 @@ class AttentionMetadata:
     page_table: Int[Array, "R P"]
     query_starts: Int[Array, " R+1"]
     distribution: Int[Array, " 3"]  # (decode rows, end of the prefill chunks, live rows)
+    # Every live row has one token in this step; known when it is compiled.
+    decode_only: bool = field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

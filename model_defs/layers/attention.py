@@ -32,7 +32,7 @@ from pallas_kernels.ragged_paged_attention import (
 # Traced once per shape and set of options, not once per layer: tracing is most of a warm start.
 _traced_once = jax.jit(
     ragged_paged_attention,
-    static_argnames=("scale", "window", "softcap", "block_sparse", "implementation"),
+    static_argnames=("scale", "window", "softcap", "block_sparse", "decode_only", "implementation"),
 )
 
 NormOver = Literal["head", "each_head", "all_heads"]
@@ -191,6 +191,7 @@ class GQAModule(nnx.Module):
             window=spec.window,
             softcap=spec.softcap,
             block_sparse=spec.sparse.mask if spec.sparse else None,
+            decode_only=batch.attention.decode_only,
         )
         per_head, metadata = self._per_head(), _metadata(batch)
         if rules.mesh.size == 1:

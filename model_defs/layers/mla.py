@@ -33,7 +33,7 @@ from pallas_kernels.ragged_paged_attention import cache_axes, ragged_paged_atten
 
 # Traced once per shape and set of options, not once per layer: tracing is most of a warm start.
 _traced_once = jax.jit(
-    ragged_paged_attention, static_argnames=("scale", "v_head_dim", "implementation")
+    ragged_paged_attention, static_argnames=("scale", "v_head_dim", "decode_only", "implementation")
 )
 
 
@@ -156,7 +156,9 @@ class MLAModule(nnx.Module):
         """Run the kernel once per shard, each on its own rows, pages and query heads."""
         spec, rules, rows = self.spec, self.rules, batch.attention
         scale = (spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale
-        attend = partial(_traced_once, scale=scale, v_head_dim=spec.kv_rank)
+        attend = partial(
+            _traced_once, scale=scale, v_head_dim=spec.kv_rank, decode_only=rows.decode_only
+        )
         metadata = rows.kv_lens, rows.page_table, rows.query_starts, rows.distribution
         if rules.mesh.size == 1:
             return attend(query, key, None, cache, *metadata)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention import gpu, reference, xla
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     TOKEN_MINOR_RANK,
@@ -49,6 +49,7 @@ def ragged_paged_attention(
     block_sparse: BlockSparse | None = None,
     block_offsets: jax.Array | None = None,
     v_head_dim: int | None = None,
+    decode_only: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Write the step's keys and values to their pages, then attend causally over each row's pages.
@@ -76,7 +77,8 @@ def ragged_paged_attention(
     block_sparse, block_offsets: i32[N]; head n sees the keys that `block_sparse` shows with its
       offset block_offsets[n], out of those that causality and `window` leave. Per-head arguments
       are local inside `jax.shard_map`: split them like the heads of q.
-    implementation: "xla" or "reference"; None lets the platform lowered for decide.
+    decode_only: a promise that i = k, every live row has one token; saves work where it is known.
+    implementation: "gpu", "xla" or "reference"; None lets the platform lowered for decide.
 
     Unused pages and slots may hold anything, NaN included. Works on local shapes inside
     `jax.shard_map`. Returns out [T, N, Hv] in q's dtype and the new cache.
@@ -101,6 +103,11 @@ def ragged_paged_attention(
         "v_head_dim": v_head_dim if v is None else v.shape[2],
     }
     implementations = (
+        Implementation(
+            "gpu",
+            partial(gpu.ragged_paged_attention, **options, decode_only=decode_only),
+            platforms=("cuda", "rocm"),
+        ),
         Implementation("xla", partial(xla.ragged_paged_attention, **options)),
         Implementation(
             "reference", partial(reference.ragged_paged_attention, **options), automatic=False

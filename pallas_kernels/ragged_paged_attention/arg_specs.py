@@ -158,3 +158,32 @@ ARG_SPECS: tuple[ArgSpec, ...] = (
     _batch(_DEEPSEEK_V3_TP8, "decode_4x300", [(1, 300)] * 4, 4, 4),
     _batch(_DEEPSEEK_V3_TP8, "mixed", _MIX, 128, 8, page_size=16, dtype="bfloat16"),
 )
+
+# Widths, page sizes and groups that models use, each on the same small batch.
+WIDTHS: tuple[ArgSpec, ...] = tuple(
+    ArgSpec(
+        f"width{head_dim}-page{page_size}-group{group}-{dtype}",
+        ((1, 37), (1, 20), (1, 1), (19, 19), (0, 0), (5, 40)),
+        32,
+        8,
+        2 * group,
+        2,
+        head_dim,
+        head_dim,
+        page_size=page_size,
+        window=window,
+        dtype=dtype,
+    )
+    for head_dim, page_size, group, window, dtype in (
+        (64, 16, 7, None, "bfloat16"),
+        (80, 32, 1, None, "float32"),
+        (96, 64, 1, 9, "bfloat16"),
+        (112, 16, 4, None, "float16"),
+        (120, 128, 4, None, "bfloat16"),
+        (128, 256, 12, None, "bfloat16"),
+        (128, 16, 5, 9, "float32"),
+        (160, 64, 2, None, "bfloat16"),
+        (192, 32, 8, None, "bfloat16"),
+        (256, 16, 2, 9, "bfloat16"),
+    )
+)

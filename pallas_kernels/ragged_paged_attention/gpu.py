@@ -1,0 +1,644 @@
+"""Ragged paged attention for GPUs: Pallas kernels that are lowered through Triton.
+
+Rows with one token (decoding) and rows with several (prompts and their chunks) have a kernel each;
+both run the same loop over blocks of keys, a tile of queries at a time. A tile holds the queries of
+one kv head: all heads of its group, for one token or for several, so that every key is read once
+for the group.
+
+- decode: the tokens of all rows are cut into items of about equal length, whatever row they belong
+  to, one program per item and kv head. A second kernel merges the items of a row.
+- prefill: one program per tile and kv head, the longest first.
+
+Which program does what is worked out on the device from the step's metadata, once for all layers.
+Grids are bounded by the bucket; programs with nothing to do end at once.
+
+Softmax in float32 with base-2 exponentials; products in the dtype of q with float32 sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
+from pallas_kernels.ragged_paged_attention.layout import (
+    TOKEN_MINOR_RANK,
+    page_size_of,
+    write_tokens,
+)
+
+LOG2_E = math.log2(math.e)
+_MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
+_SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut into programs.
+
+    rows: of the query tile, tokens times heads of a group. keys: tokens per trip of the loop.
+    programs: for decode, how many items times kv heads to aim at. num_warps, num_stages: Triton's.
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    programs: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some columns of a head: `size`, a power of two, from `start` on, of which `valid` exist.
+
+    as_slice: address them as a slice; else one by one, as incomplete ones must be.
+    """
+
+    start: int
+    size: int
+    valid: int
+    as_slice: bool
+
+
+def pieces(width: int, interpret: bool) -> tuple[Piece, ...]:
+    """Cut `width` columns into powers of two, each at least 16; only the last may be incomplete.
+
+    interpret: Pallas's interpreter cannot mix slices with arrays of indices.
+    """
+    cut, start = [], 0
+    while start < width:
+        left = width - start
+        size = max(_SMALLEST, 1 << (left.bit_length() - 1))
+        cut.append(Piece(start, size, min(size, left), size <= left and not interpret))
+        start += size
+    return tuple(cut)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is static about a call."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    page_size: int
+    shared_kv: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    sparse: BlockSparse | None
+    alibi: bool
+    precise: bool
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def heads_per_tile(self, rows: int) -> int:
+        """Query heads of one kv head in a tile of `rows`: a power of two, padding included."""
+        return min(rows, pl.next_power_of_2(self.group))
+
+    def head_tiles(self, rows: int) -> int:
+        """Tiles that the heads of one kv head take."""
+        return -(-self.group // self.heads_per_tile(rows))
+
+    @property
+    def k_pieces(self) -> tuple[Piece, ...]:
+        return pieces(self.head_dim, self.interpret)
+
+    @property
+    def v_pieces(self) -> tuple[Piece, ...]:
+        return pieces(self.v_head_dim, self.interpret)
+
+    @property
+    def v_start(self) -> int:
+        return 0 if self.shared_kv else self.head_dim
+
+
+def decode_tiling(problem: Problem) -> Tiling:
+    """Sizes of the decode kernel; README has the measurements."""
+    rows = max(_SMALLEST, min(64, pl.next_power_of_2(problem.group)))
+    width = problem.head_dim + (0 if problem.shared_kv else problem.v_head_dim)
+    keys = 64 if width <= 256 else 32
+    num_warps = 4 if rows * problem.v_head_dim <= 64 * 128 else 8
+    return Tiling(rows, keys, num_warps, 3, programs=1056)
+
+
+def prefill_tiling(problem: Problem) -> Tiling:
+    """Sizes of the prefill kernel; README has the measurements."""
+    width = max(problem.head_dim, problem.v_head_dim)
+    if problem.precise or width > 256:
+        return Tiling(64, 32, 8 if width > 256 else 4, 2)
+    if width > 128:
+        return Tiling(128, 32, 8, 2)
+    return Tiling(128, 64, 8, 3)
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+    alibi_slopes: jax.Array | None,
+    block_offsets: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    block_sparse: BlockSparse | None,
+    v_head_dim: int,
+    decode_only: bool = False,
+    decode: Tiling | None = None,
+    prefill: Tiling | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.ragged_paged_attention`; tilings are chosen here where they are None."""
+    if cache.ndim == TOKEN_MINOR_RANK:
+        raise NotImplementedError("the cache is laid out for a CPU")
+    metadata = kv_lens, page_table, query_starts, distribution
+    cache = write_tokens(cache, k, v, *metadata)
+    out = attend(
+        q,
+        cache,
+        *metadata,
+        alibi_slopes,
+        block_offsets,
+        shared_kv=v is None,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        block_sparse=block_sparse,
+        v_head_dim=v_head_dim,
+        decode_only=decode_only,
+        decode=decode,
+        prefill=prefill,
+        interpret=interpret,
+    )
+    return out, cache
+
+
+def attend(
+    q: jax.Array,
+    cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+    alibi_slopes: jax.Array | None = None,
+    block_offsets: jax.Array | None = None,
+    *,
+    shared_kv: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    block_sparse: BlockSparse | None = None,
+    v_head_dim: int,
+    decode_only: bool = False,
+    decode: Tiling | None = None,
+    prefill: Tiling | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention over pages that hold the step's keys and values already: [T, N, Hv].
+
+    Arguments as of `api.ragged_paged_attention`; tilings are chosen here where they are None.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    problem = Problem(
+        num_heads=num_heads,
+        num_kv_heads=cache.shape[1],
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        page_size=page_size_of(cache, head_dim, v_head_dim),
+        shared_kv=shared_kv,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sparse=block_sparse,
+        alibi=alibi_slopes is not None,
+        precise=q.dtype == jnp.float32,
+        interpret=interpret,
+    )
+    decode = decode or decode_tiling(problem)
+    prefill = prefill or prefill_tiling(problem)
+    per_head = [x for x in (alibi_slopes, block_offsets) if x is not None]
+    rows = (kv_lens, query_starts, distribution)
+    out = None
+    if not decode_only:
+        tiles = prefill_tiles(problem, prefill, num_tokens, *rows)
+        out = _prefill(problem, prefill, tiles, page_table, q, cache, per_head)
+    items, spans = decode_items(problem, decode, *rows)
+    partial_out = _decode(problem, decode, items, page_table, q, cache, per_head)
+    return _merge(problem, spans, *partial_out, q, out)
+
+
+# ---- who does what -----------------------------------------------------------------------------
+
+
+def decode_items(
+    problem: Problem,
+    tiling: Tiling,
+    kv_lens: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Cut the keys of the rows with one token into items.
+
+    Returns:
+        i32[items, 4], (row, first key, end of the keys, tokens of the row), row -1 if unused;
+        i32[R, 2], each row's first item and how many it has.
+    """
+    del query_starts
+    keys, num_rows = tiling.keys, kv_lens.shape[0]
+    heads = problem.num_kv_heads * problem.head_tiles(tiling.rows)
+    target = -(-tiling.programs // heads)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    lens = jnp.where(rows < distribution[0], kv_lens, 0)
+    first = jnp.zeros_like(lens)
+    if problem.window is not None:
+        first = jnp.maximum(lens - problem.window, 0) // keys * keys
+    blocks = _ceil_div(lens - first, keys)
+    blocks_per_item = jnp.maximum(1, _ceil_div(blocks.sum(dtype=jnp.int32), target))
+    counts = _ceil_div(blocks, blocks_per_item)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    ids = jnp.arange(num_rows + target, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
+    used = ids < ends[-1]
+    row = jnp.minimum(row, num_rows - 1)
+    start = first[row] + (ids - ends[row] + counts[row]) * blocks_per_item * keys
+    stop = jnp.minimum(start + blocks_per_item * keys, lens[row])
+    items = jnp.stack([jnp.where(used, row, -1), start, stop, lens[row]], 1)
+    return items, jnp.stack([ends - counts, counts], 1)
+
+
+def prefill_tiles(
+    problem: Problem,
+    tiling: Tiling,
+    num_tokens: int,
+    kv_lens: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+) -> jax.Array:
+    """Cut the tokens of all other rows, and the padding behind the last, into tiles.
+
+    Returns i32[tiles, 4]: (row, first token, end of the tokens, position of the first); row -1 if
+    unused, and position -1 for padding, which sees no key and becomes zero.
+    """
+    size = tiling.rows // problem.heads_per_tile(tiling.rows)
+    num_rows = kv_lens.shape[0]
+    rows = jnp.arange(num_rows + 1, dtype=jnp.int32)
+    live = query_starts[distribution[2]]
+    starts = jnp.where(rows < num_rows, query_starts, live)
+    stops = jnp.append(query_starts[1:], num_tokens).astype(jnp.int32)
+    is_row = (rows >= distribution[0]) & (rows < distribution[2])
+    counts = jnp.where(is_row | (rows == num_rows), _ceil_div(stops - starts, size), 0)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    ids = jnp.arange(num_tokens // size + min(num_rows + 1, num_tokens), dtype=jnp.int32)
+    row = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
+    used = ids < ends[-1]
+    row = jnp.minimum(row, num_rows)
+    start = starts[row] + (ids - ends[row] + counts[row]) * size
+    stop = jnp.minimum(start + size, stops[row])
+    position = jnp.append(kv_lens, 0)[row] - stops[row] + start
+    position = jnp.where(row < num_rows, position, -1)
+    # Later tiles of a row see more keys: they go first, so that the last to end are short.
+    return jnp.stack([jnp.where(used, row, -1), start, stop, position], 1)[::-1]
+
+
+# ---- the kernels -------------------------------------------------------------------------------
+
+
+def _decode(problem, tiling, items, page_table, q, cache, per_head):
+    """Attention over each item's keys: maxima, sums f32[items, N] and outputs f32[items, N, Hv]."""
+    num_items = items.shape[0]
+    heads = jax.ShapeDtypeStruct((num_items, problem.num_heads), jnp.float32)
+    outputs = jax.ShapeDtypeStruct((*heads.shape, problem.v_head_dim), jnp.float32)
+    grid = (problem.num_kv_heads * problem.head_tiles(tiling.rows), num_items)
+
+    def kernel(items_ref, table_ref, q_ref, cache_ref, *refs):
+        *per_head_refs, max_ref, sum_ref, out_ref = refs
+        head_tile, item = pl.program_id(0), pl.program_id(1)
+        row = items_ref[item, 0]
+
+        @pl.when(row >= 0)
+        def _():
+            start, stop, kv_len = (items_ref[item, i] for i in (1, 2, 3))
+            kv_head, heads, is_head = _heads(problem, tiling.rows, head_tile, tiling.rows)
+            tokens = jnp.full(tiling.rows, row)
+            queries = _load_queries(problem, q_ref, tokens, heads, is_head)
+            attend = _Attend(problem, tiling, table_ref, cache_ref, row, kv_head, stop)
+            attend.scores_of(queries, jnp.full(tiling.rows, kv_len - 1), heads, per_head_refs)
+            best, total, outs = attend.run(
+                start // tiling.keys, _ceil_div(stop, tiling.keys), kv_len - 1, kv_len - 1
+            )
+            plt.store(max_ref.at[item, heads], best, mask=is_head)
+            plt.store(sum_ref.at[item, heads], total, mask=is_head)
+            for piece, out in zip(problem.v_pieces, outs, strict=True):
+                _store(out_ref, (jnp.full(tiling.rows, item), heads), piece, out, is_head)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=(heads, heads, outputs),
+        grid=grid,
+        compiler_params=_params(tiling),
+        interpret=problem.interpret,
+        name="ragged_paged_attention_decode",
+    )(items, page_table, q, cache, *per_head)
+
+
+def _merge(problem, spans, best, total, outs, q, out):
+    """Combine the items of each row with one token; the others' tokens in `out` stay.
+
+    Without `out`, tokens of other rows are zero.
+    """
+    num_tokens, num_rows = q.shape[0], min(q.shape[0], spans.shape[0])
+    size = pl.next_power_of_2(min(problem.group, _SMALLEST))
+    tiles = -(-problem.group // size)
+    keep = out is not None
+    v_pieces = problem.v_pieces
+
+    def kernel(spans_ref, max_ref, sum_ref, outs_ref, *refs):
+        out_ref = refs[-1]
+        row = pl.program_id(1)
+        first, count = spans_ref[row, 0], spans_ref[row, 1]
+        kv_head, tile = pl.program_id(0) // tiles, pl.program_id(0) % tiles
+        in_group = tile * size + jnp.arange(size, dtype=jnp.int32)
+        is_head = in_group < problem.group
+        heads = kv_head * problem.group + in_group
+
+        def trip(index, state):
+            old_best, old_total, old = state
+            item = first + index
+            new = plt.load(max_ref.at[item, heads], mask=is_head, other=_MASKED)
+            part = plt.load(sum_ref.at[item, heads], mask=is_head, other=0.0)
+            best = jnp.maximum(old_best, new)
+            fade, grow = jnp.exp2(old_best - best), jnp.exp2(new - best)
+            values = [
+                _load(outs_ref, (jnp.full(size, item), heads), piece, 0, is_head)
+                for piece in v_pieces
+            ]
+            merged = [
+                x * fade[:, None] + y * grow[:, None] for x, y in zip(old, values, strict=True)
+            ]
+            return best, old_total * fade + part * grow, merged
+
+        @pl.when((count > 0) | (not keep))
+        def _():
+            empty = [jnp.zeros((size, piece.size), jnp.float32) for piece in v_pieces]
+            state = jnp.full(size, _MASKED), jnp.zeros(size, jnp.float32), empty
+            _, total, merged = lax.fori_loop(0, count, trip, state)
+            total = jnp.where(total == 0.0, 1.0, total)
+            for piece, part in zip(v_pieces, merged, strict=True):
+                _store(out_ref, (jnp.full(size, row), heads), piece, part / total[:, None], is_head)
+
+    shape = (num_tokens if keep else num_rows, problem.num_heads, problem.v_head_dim)
+    merged = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
+        grid=(problem.num_kv_heads * tiles, num_rows),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=2),
+        input_output_aliases={4: 0} if keep else {},
+        interpret=problem.interpret,
+        name="ragged_paged_attention_merge",
+    )(spans, best, total, outs, *([out] if keep else []))
+    return jnp.pad(merged, ((0, num_tokens - shape[0]), (0, 0), (0, 0)))
+
+
+def _prefill(problem, tiling, tiles, page_table, q, cache, per_head):
+    """Attention of the tiles' tokens: [T, N, Hv], unwritten elsewhere."""
+    per_tile = problem.heads_per_tile(tiling.rows)
+    grid = (problem.num_kv_heads * problem.head_tiles(tiling.rows), tiles.shape[0])
+
+    def kernel(tiles_ref, table_ref, q_ref, cache_ref, *refs):
+        *per_head_refs, out_ref = refs
+        head_tile, tile = pl.program_id(0), pl.program_id(1)
+        row = tiles_ref[tile, 0]
+
+        @pl.when(row >= 0)
+        def _():
+            start, stop, position = (tiles_ref[tile, i] for i in (1, 2, 3))
+            kv_head, heads, is_head = _heads(problem, tiling.rows, head_tile, per_tile)
+            within = jnp.arange(tiling.rows, dtype=jnp.int32) // per_tile
+            tokens = start + within
+            own = is_head & (tokens < stop)
+            queries = _load_queries(problem, q_ref, tokens, heads, own)
+            last = position + stop - start - 1
+            is_row = position >= 0
+            attend = _Attend(problem, tiling, table_ref, cache_ref, row, kv_head, last + 1)
+            attend.scores_of(queries, position + within, heads, per_head_refs)
+            low = 0
+            if problem.window is not None:
+                low = jnp.maximum(position - problem.window + 1, 0) // tiling.keys
+            high = jnp.where(is_row, _ceil_div(last + 1, tiling.keys), 0)
+            _, total, outs = attend.run(low, high, position, last)
+            total = jnp.where(total == 0.0, 1.0, total)
+            for piece, out in zip(problem.v_pieces, outs, strict=True):
+                _store(out_ref, (tokens, heads), piece, out / total[:, None], own)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((*q.shape[:2], problem.v_head_dim), q.dtype),
+        grid=grid,
+        compiler_params=_params(tiling),
+        interpret=problem.interpret,
+        name="ragged_paged_attention_prefill",
+    )(tiles, page_table, q, cache, *per_head)
+
+
+class _Attend:
+    """One program's loop over blocks of keys, for a tile of queries of one row and kv head.
+
+    stop: end of the keys that count.
+    """
+
+    def __init__(self, problem: Problem, tiling: Tiling, table_ref, cache_ref, row, kv_head, stop):
+        self.problem, self.keys, self.rows = problem, tiling.keys, tiling.rows
+        self.table_ref, self.cache_ref = table_ref, cache_ref
+        self.row, self.kv_head, self.stop = row, kv_head, stop
+        self.k_pieces, self.v_pieces = problem.k_pieces, problem.v_pieces
+
+    def scores_of(self, queries: Sequence[jax.Array], positions, heads, per_head_refs) -> None:
+        """Set the queries (one array per piece), and per row of the tile its position and head."""
+        self.queries, self.positions = queries, positions
+        refs, limit = list(per_head_refs), self.problem.num_heads - 1
+        heads = jnp.minimum(heads, limit)
+        self.slopes = plt.load(refs.pop(0).at[heads]) if self.problem.alibi else None
+        self.offsets = plt.load(refs.pop(0).at[heads]) if self.problem.sparse else None
+
+    def run(self, low, high, first_position, last_position):
+        """Attend to the blocks [low, high); positions of the tile's first and last query.
+
+        Returns maxima (base 2) and sums f32[rows], and outputs, one f32[rows, size] per piece.
+        """
+        window = self.problem.window
+        state = (
+            jnp.full(self.rows, _MASKED),
+            jnp.zeros(self.rows, jnp.float32),
+            [jnp.zeros((self.rows, piece.size), jnp.float32) for piece in self.v_pieces],
+        )
+        if self.problem.sparse is not None:
+            return lax.fori_loop(low, high, partial(self._trip, masked=True), state)
+        whole = jnp.clip((first_position + 1) // self.keys, low, high)
+        if window is not None:
+            inside = jnp.maximum(last_position - window + 1, 0)
+            inside = jnp.clip(_ceil_div(inside, self.keys), low, whole)
+            state = lax.fori_loop(low, inside, partial(self._trip, masked=True), state)
+            low = inside
+        state = lax.fori_loop(low, whole, partial(self._trip, masked=False), state)
+        return lax.fori_loop(whole, high, partial(self._trip, masked=True), state)
+
+    def _trip(self, block, state, *, masked: bool):
+        old_best, old_total, old_outs = state
+        problem = self.problem
+        precision = lax.Precision.HIGHEST if problem.precise else None
+        at, exists = self._slots(block, masked)
+        keys = [_load(self.cache_ref, at, piece, 0, exists) for piece in self.k_pieces]
+        scores = jnp.zeros((self.rows, self.keys), jnp.float32)
+        for query, key in zip(self.queries, keys, strict=True):
+            scores += lax.dot_general(
+                query,
+                key.astype(query.dtype),
+                (((1,), (1,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+        scores = self._finish(scores, block, masked)
+        best = jnp.maximum(old_best, scores.max(1))
+        fade = jnp.exp2(old_best - best)
+        weights = jnp.exp2(scores - best[:, None])
+        total = old_total * fade + weights.sum(1)
+        weights = weights.astype(self.queries[0].dtype)
+        outs = []
+        for index, (piece, old) in enumerate(zip(self.v_pieces, old_outs, strict=True)):
+            if problem.shared_kv and piece == self.k_pieces[index]:
+                values = keys[index]
+            else:
+                values = _load(self.cache_ref, at, piece, problem.v_start, exists)
+            outs.append(
+                old * fade[:, None]
+                + lax.dot_general(
+                    weights,
+                    values.astype(weights.dtype),
+                    (((1,), (0,)), ((), ())),
+                    precision=precision,
+                    preferred_element_type=jnp.float32,
+                )
+            )
+        return best, total, outs
+
+    def _slots(self, block, masked: bool):
+        """Index of a block's tokens in the cache, and which of them exist (None: all)."""
+        size, page_size = self.keys, self.problem.page_size
+        start = block * size
+        tokens = start + jnp.arange(size, dtype=jnp.int32)
+        exists = tokens < self.stop if masked else None
+        if page_size % size == 0:  # one page holds the block
+            page = self.table_ref[self.row, lax.div(start, page_size)]
+            return (page, self.kv_head, pl.ds(lax.rem(start, page_size), size)), exists
+        columns = self.table_ref.at[self.row, lax.div(tokens, page_size)]
+        page = plt.load(columns, mask=exists, other=0) if masked else plt.load(columns)
+        return (page, self.kv_head, lax.rem(tokens, page_size)), exists
+
+    def _finish(self, scores: jax.Array, block, masked: bool) -> jax.Array:
+        """Scale the scores into exponents of two; apply softcap, ALiBi and mask."""
+        problem = self.problem
+        scale = problem.scale
+        if problem.softcap is not None:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1), in base 2.
+            power = jnp.exp2(scores * (2 * LOG2_E * scale / problem.softcap))
+            scores, scale = 1.0 - 2.0 / (power + 1.0), problem.softcap
+        scores *= scale * LOG2_E
+        keys = block * self.keys + jnp.arange(self.keys, dtype=jnp.int32)[None]
+        distance = self.positions[:, None] - keys
+        if self.slopes is not None:
+            scores -= (self.slopes * LOG2_E)[:, None] * distance.astype(jnp.float32)
+        if not masked:
+            return scores
+        visible = (distance >= 0) & (keys < self.stop)
+        if problem.window is not None:
+            visible &= distance < problem.window
+        if problem.sparse is not None:
+            visible &= problem.sparse.visible(self.positions[:, None], keys, self.offsets[:, None])
+        return jnp.where(visible, scores, _MASKED)
+
+
+# ---- loads and stores --------------------------------------------------------------------------
+
+
+def _heads(problem: Problem, rows: int, program, per_tile: int):
+    """KV head of a program, and per row of its tile the query head and whether there is one."""
+    tiles = -(-problem.group // min(per_tile, problem.heads_per_tile(rows)))
+    kv_head, tile = program // tiles, program % tiles
+    in_group = tile * per_tile + jnp.arange(rows, dtype=jnp.int32) % per_tile
+    return kv_head, kv_head * problem.group + in_group, in_group < problem.group
+
+
+def _load_queries(problem: Problem, q_ref, tokens, heads, exists) -> list[jax.Array]:
+    return [_load(q_ref, (tokens, heads), piece, 0, exists) for piece in problem.k_pieces]
+
+
+def _columns(ref, at, piece: Piece, start: int):
+    """A view of `ref` at the rows `at` and the columns of a piece, and which columns exist."""
+    if piece.as_slice:
+        return ref.at[(*at, pl.ds(start + piece.start, piece.size))], None
+    columns = jnp.arange(piece.size, dtype=jnp.int32)
+    rows = [
+        jnp.arange(each.size, dtype=jnp.int32) + each.start if isinstance(each, pl.Slice) else each
+        for each in at
+    ]
+    rows = [each[:, None] if getattr(each, "ndim", 0) else each for each in rows]
+    exists = None if piece.valid == piece.size else columns < piece.valid
+    return ref.at[(*rows, start + piece.start + columns[None])], exists
+
+
+def _mask(shape: tuple[int, int], rows, columns):
+    parts = [
+        jnp.broadcast_to(each, shape)
+        for each in (
+            None if rows is None else rows[:, None],
+            None if columns is None else columns[None],
+        )
+        if each is not None
+    ]
+    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+
+def _load(ref, at, piece: Piece, start: int, exists):
+    """Read `[rows, piece.size]`; rows that do not exist, and columns, are zero."""
+    view, columns = _columns(ref, at, piece, start)
+    mask = _mask((_num_rows(at), piece.size), exists, columns)
+    return plt.load(view) if mask is None else plt.load(view, mask=mask, other=0)
+
+
+def _store(ref, at, piece: Piece, value, exists) -> None:
+    view, columns = _columns(ref, at, piece, 0)
+    plt.store(view, value.astype(ref.dtype), mask=_mask(value.shape, exists, columns))
+
+
+def _num_rows(at) -> int:
+    return next(
+        each.size if isinstance(each, pl.Slice) else each.shape[0]
+        for each in at
+        if isinstance(each, pl.Slice) or getattr(each, "ndim", 0)
+    )
+
+
+def _params(tiling: Tiling):
+    return plt.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+
+
+def _ceil_div(numerator, denominator):
+    return -(-numerator // denominator)

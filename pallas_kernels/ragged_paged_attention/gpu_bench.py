@@ -1,0 +1,94 @@
+"""The cases that attention kernels on a GPU are measured by, beside FlashAttention 3's figures.
+
+Batches are made on the device: random queries, keys and values, pages in random order. Bytes count
+every key and value once, operations the causal half of the score matrix twice (queries by keys,
+weights by values).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ragged_paged_attention.layout import cache_shape
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of equal length.
+
+    new, kv: tokens of each row in this step, and in all. fa3_us: FlashAttention 3 (paged, pages of
+    16 tokens) on an H100 80GB HBM3, torch 2.11, CUDA 13.0; None where it was not measured.
+    """
+
+    name: str
+    rows: int
+    new: int
+    kv: int
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    fa3_us: float | None = None
+
+    @property
+    def is_decode(self) -> bool:
+        return self.new == 1
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.rows * self.kv * self.num_kv_heads * 2 * self.head_dim * 2
+
+    @property
+    def flops(self) -> int:
+        pairs = self.rows * (self.new * self.kv - self.new * (self.new - 1) // 2)
+        if self.new == self.kv:  # the convention of the published figures
+            pairs = self.rows * self.new**2 // 2
+        return 4 * pairs * self.num_heads * self.head_dim
+
+    def metadata(self) -> tuple[jax.Array, ...]:
+        """kv_lens, page_table, query_starts, distribution."""
+        per_row = -(-self.kv // self.page_size)
+        table = np.random.default_rng(0).permutation(self.rows * per_row)
+        return tuple(
+            jnp.asarray(x, jnp.int32)
+            for x in (
+                np.full(self.rows, self.kv),
+                table.reshape(self.rows, per_row),
+                np.arange(self.rows + 1) * self.new,
+                [self.rows if self.is_decode else 0, self.rows, self.rows],
+            )
+        )
+
+    def queries(self, seed: int) -> jax.Array:
+        shape = (self.rows * self.new, self.num_heads, self.head_dim)
+        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+    def cache(self, seed: int) -> jax.Array:
+        shape = cache_shape(
+            self.rows * -(-self.kv // self.page_size),
+            self.page_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.head_dim,
+            jnp.bfloat16,
+            platform="gpu",
+        )
+        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+CASES: tuple[Case, ...] = (
+    Case("decode_1x1024", 1, 1, 1024, fa3_us=16.7),
+    Case("decode_64x1024", 64, 1, 1024, fa3_us=107.0),
+    Case("decode_256x1024", 256, 1, 1024, fa3_us=379.5),
+    Case("decode_64x8192", 64, 1, 8192, fa3_us=715.4),
+    Case("decode_16x32768", 16, 1, 32768, fa3_us=715.5),
+    Case("decode_64x4096_64heads", 64, 1, 4096, num_heads=64, fa3_us=368.6),
+    Case("prefill_1x2048", 1, 2048, 2048, fa3_us=80.9),
+    Case("prefill_1x8192", 1, 8192, 8192, fa3_us=868.9),
+    Case("prefill_4x2048", 4, 2048, 2048, fa3_us=301.7),
+    Case("prefill_8x1024", 8, 1024, 1024, fa3_us=194.4),
+)

@@ -1,0 +1,103 @@
+"""The GPU kernels: interpreted here against the specification, and lowered for CUDA.
+
+On a machine with a GPU, `python -m pallas_kernels.ragged_paged_attention.check` compares what runs
+on the card.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.ragged_paged_attention import cache_shape, gpu, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, WIDTHS, ArgSpec
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+def relative_error(spec: ArgSpec, seed: int, **options) -> float:
+    """Of the kernels in interpret mode against the float32 reference; checks the cache too."""
+    arguments = spec.arguments(seed, platform="gpu")
+    exact = [x if x is None or x.dtype == jnp.int32 else x.astype(jnp.float32) for x in arguments]
+    wanted, wanted_cache = jax.jit(
+        partial(ragged_paged_attention, **spec.options(), implementation="reference")
+    )(*exact)
+    given = spec.options()
+    per_head = given.pop("alibi_slopes"), given.pop("block_offsets")
+    call = partial(gpu.ragged_paged_attention, **given, **options, interpret=True)
+    out, cache = jax.jit(call)(*arguments, *per_head)
+    np.testing.assert_array_equal(np.asarray(cache, np.float32), np.asarray(wanted_cache))
+    difference = np.asarray(out, np.float64) - np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(difference) / max(1e-30, np.linalg.norm(np.asarray(wanted))))
+
+
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
+def test_kernels_equal_the_reference(spec):
+    assert relative_error(spec, seed=1) < TOLERANCE[spec.dtype]
+
+
+@pytest.mark.parametrize("spec", WIDTHS, ids=lambda spec: spec.name)
+def test_every_width_and_page_size_equals_the_reference(spec):
+    assert relative_error(spec, seed=2) < TOLERANCE[spec.dtype]
+
+
+@pytest.mark.parametrize("programs", [1, 4, 10_000])
+def test_the_cut_into_items_changes_nothing(programs):
+    spec = replace(ARG_SPECS[0], rows=((1, 700), (1, 3), (1, 64), (1, 129)), tokens=4, row_slots=6)
+    tiling = gpu.Tiling(rows=16, keys=16, num_warps=4, num_stages=2, programs=programs)
+    assert relative_error(spec, seed=3, decode=tiling) < 1e-5
+    assert relative_error(replace(spec, window=100), seed=3, decode=tiling) < 1e-5
+
+
+def test_a_decode_only_step_equals_a_mixed_one():
+    spec = replace(ARG_SPECS[0], rows=((1, 700), (1, 3), (1, 64)), tokens=4, row_slots=4)
+    assert relative_error(spec, seed=4, decode_only=True) < 1e-5
+    assert relative_error(replace(spec, tokens=7), seed=4, decode_only=True) < 1e-5
+
+
+@pytest.mark.parametrize("spec", [*ARG_SPECS, *WIDTHS], ids=lambda spec: spec.name)
+def test_kernels_lower_for_cuda(spec):
+    arguments = jax.eval_shape(partial(spec.arguments, platform="gpu"))
+    call = partial(ragged_paged_attention, **spec.options())
+    text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton") >= 3, "decode, merge and prefill"
+
+
+def test_a_cache_of_a_cpu_is_left_to_others():
+    spec = ARG_SPECS[0]
+    arguments = spec.arguments(platform="cpu")
+    text = (
+        jax.jit(partial(ragged_paged_attention, **spec.options()))
+        .trace(*arguments)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
+    assert "triton" not in text
+
+
+def test_a_padded_width_takes_no_memory():
+    for head_dim in (64, 80, 96, 112, 120, 128, 160, 192, 256):
+        shape = cache_shape(10, 16, 4, head_dim, head_dim, jnp.bfloat16, platform="gpu")
+        assert np.prod(shape) == 10 * 16 * 4 * 2 * head_dim
+
+
+def test_tiles_cover_every_token_once():
+    problem = gpu.Problem(8, 2, 64, 64, 16, False, 1.0, None, None, None, False, False, True)
+    tiling = gpu.Tiling(rows=32, keys=16, num_warps=4, num_stages=2)
+    lens, starts = np.array([9, 40, 0, 23, 0]), np.array([0, 1, 31, 31, 37, 37])
+    tiles = np.asarray(
+        gpu.prefill_tiles(
+            problem, tiling, 50, *map(jnp.asarray, (lens, starts, np.array([1, 4, 4])))
+        )
+    )
+    seen = {}
+    for _, start, stop, position in tiles[tiles[:, 0] >= 0]:
+        for token in range(start, stop):
+            assert token not in seen
+            seen[token] = -1 if position < 0 else position + token - start
+    assert sorted(seen) == list(range(1, 50))
+    assert [seen[t] for t in (1, 30, 31, 36)] == [10, 39, 17, 22]
+    assert all(seen[t] == -1 for t in range(37, 50))
