@@ -32,11 +32,12 @@ from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     TOKEN_MINOR_RANK,
     page_size_of,
-    write_tokens,
+    token_rows,
 )
 
 LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
+_ITEMS = 16  # of one row that a trip of the merge takes
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
 
 
@@ -170,7 +171,7 @@ def ragged_paged_attention(
     if cache.ndim == TOKEN_MINOR_RANK:
         raise NotImplementedError("the cache is laid out for a CPU")
     metadata = kv_lens, page_table, query_starts, distribution
-    cache = write_tokens(cache, k, v, *metadata)
+    cache = write(cache, k, v, *metadata, interpret=interpret)
     out = attend(
         q,
         cache,
@@ -243,6 +244,57 @@ def attend(
     items, spans = decode_items(problem, decode, *rows)
     partial_out = _decode(problem, decode, items, page_table, q, cache, per_head)
     return _merge(problem, spans, *partial_out, q, out)
+
+
+def write(
+    cache: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    distribution: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Put k [T, K, H] and v [T, K, Hv] of the live tokens into their pages, in place.
+
+    A kernel of its own, because XLA for GPU transposes (copies) an array whose scattered axes are
+    not its first ones.
+    """
+    num_tokens, num_kv_heads, head_dim = k.shape
+    page_size = cache.shape[2]
+    rows, positions, live = token_rows(kv_lens, query_starts, distribution, num_tokens)
+    pages = page_table[rows, positions // page_size]
+    slots = jnp.stack([jnp.where(live, pages, -1), positions % page_size], 1)
+    num_heads = max(1, min(pl.next_power_of_2(num_kv_heads), 4096 // head_dim))
+    parts = [(k, 0)] if v is None else [(k, 0), (v, head_dim)]
+
+    def kernel(slots_ref, *refs):
+        *part_refs, _, cache_ref = refs
+        token = pl.program_id(1)
+        first_head = pl.program_id(0) * num_heads
+        page, slot = slots_ref[token, 0], slots_ref[token, 1]
+        heads = first_head + jnp.arange(num_heads, dtype=jnp.int32)
+        exists = heads < num_kv_heads
+
+        @pl.when(page >= 0)
+        def _():
+            for ref, (part, start) in zip(part_refs, parts, strict=True):
+                for piece in pieces(part.shape[2], interpret):
+                    x = _load(ref, (jnp.full(num_heads, token), heads), piece, 0, exists)
+                    at = jnp.full(num_heads, page), heads, jnp.full(num_heads, slot)
+                    _store(cache_ref, at, piece, x, exists, start)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+        grid=(-(-num_kv_heads // num_heads), num_tokens),
+        input_output_aliases={1 + len(parts): 0},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="ragged_paged_attention_write",
+    )(slots, *(part for part, _ in parts), cache)
 
 
 # ---- who does what -----------------------------------------------------------------------------
@@ -365,51 +417,49 @@ def _merge(problem, spans, best, total, outs, q, out):
     Without `out`, tokens of other rows are zero.
     """
     num_tokens, num_rows = q.shape[0], min(q.shape[0], spans.shape[0])
-    size = pl.next_power_of_2(min(problem.group, _SMALLEST))
-    tiles = -(-problem.group // size)
+    num_items = best.shape[0]
     keep = out is not None
-    v_pieces = problem.v_pieces
 
     def kernel(spans_ref, max_ref, sum_ref, outs_ref, *refs):
         out_ref = refs[-1]
-        row = pl.program_id(1)
+        head, row = pl.program_id(0), pl.program_id(1)
         first, count = spans_ref[row, 0], spans_ref[row, 1]
-        kv_head, tile = pl.program_id(0) // tiles, pl.program_id(0) % tiles
-        in_group = tile * size + jnp.arange(size, dtype=jnp.int32)
-        is_head = in_group < problem.group
-        heads = kv_head * problem.group + in_group
 
         def trip(index, state):
             old_best, old_total, old = state
-            item = first + index
-            new = plt.load(max_ref.at[item, heads], mask=is_head, other=_MASKED)
-            part = plt.load(sum_ref.at[item, heads], mask=is_head, other=0.0)
-            best = jnp.maximum(old_best, new)
-            fade, grow = jnp.exp2(old_best - best), jnp.exp2(new - best)
+            within = index * _ITEMS + jnp.arange(_ITEMS, dtype=jnp.int32)
+            exists = within < count
+            items = jnp.minimum(first + within, num_items - 1)
+            peaks = plt.load(max_ref.at[items, head], mask=exists, other=_MASKED)
+            parts = plt.load(sum_ref.at[items, head], mask=exists, other=0.0)
+            new_best = jnp.maximum(old_best, peaks.max())
+            fade, grow = jnp.exp2(old_best - new_best), jnp.exp2(peaks - new_best)
+            grow = jnp.where(exists, grow, 0.0)
+            heads = jnp.full(_ITEMS, head)
             values = [
-                _load(outs_ref, (jnp.full(size, item), heads), piece, 0, is_head)
-                for piece in v_pieces
+                _load(outs_ref, (items, heads), piece, 0, exists) for piece in problem.v_pieces
             ]
             merged = [
-                x * fade[:, None] + y * grow[:, None] for x, y in zip(old, values, strict=True)
+                x * fade + (y * grow[:, None]).sum(0) for x, y in zip(old, values, strict=True)
             ]
-            return best, old_total * fade + part * grow, merged
+            return new_best, old_total * fade + (parts * grow).sum(), merged
 
         @pl.when((count > 0) | (not keep))
         def _():
-            empty = [jnp.zeros((size, piece.size), jnp.float32) for piece in v_pieces]
-            state = jnp.full(size, _MASKED), jnp.zeros(size, jnp.float32), empty
-            _, total, merged = lax.fori_loop(0, count, trip, state)
-            total = jnp.where(total == 0.0, 1.0, total)
-            for piece, part in zip(v_pieces, merged, strict=True):
-                _store(out_ref, (jnp.full(size, row), heads), piece, part / total[:, None], is_head)
+            empty = [jnp.zeros(piece.size, jnp.float32) for piece in problem.v_pieces]
+            state = jnp.float32(_MASKED), jnp.float32(0.0), empty
+            _, weight, merged = lax.fori_loop(0, _ceil_div(count, _ITEMS), trip, state)
+            weight = jnp.where(weight == 0.0, 1.0, weight)
+            for piece, part in zip(problem.v_pieces, merged, strict=True):
+                at = jnp.full(1, row), jnp.full(1, head)
+                _store(out_ref, at, piece, (part / weight)[None], None)
 
     shape = (num_tokens if keep else num_rows, problem.num_heads, problem.v_head_dim)
     merged = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
-        grid=(problem.num_kv_heads * tiles, num_rows),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=2),
+        grid=(problem.num_heads, num_rows),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         input_output_aliases={4: 0} if keep else {},
         interpret=problem.interpret,
         name="ragged_paged_attention_merge",
@@ -623,8 +673,8 @@ def _load(ref, at, piece: Piece, start: int, exists):
     return plt.load(view) if mask is None else plt.load(view, mask=mask, other=0)
 
 
-def _store(ref, at, piece: Piece, value, exists) -> None:
-    view, columns = _columns(ref, at, piece, 0)
+def _store(ref, at, piece: Piece, value, exists, start: int = 0) -> None:
+    view, columns = _columns(ref, at, piece, start)
     plt.store(view, value.astype(ref.dtype), mask=_mask(value.shape, exists, columns))
 
 
