@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from jaxserve.engine.runner import fill_rank
+from jaxserve.engine.packing import SlotColumns, fill_rank
 from jaxserve.engine.step import StepLayout
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler.buckets import make_buckets
@@ -36,6 +36,8 @@ def _measure(num_rows: int, repeats: int) -> dict[str, object]:
     sampling = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=repeats + 8, ignore_eos=True)
     for index in range(num_rows):
         scheduler.add(Request(str(index), [7] * CONTEXT, CONTEXT, sampling))
+    layouts: dict = {}
+    columns = SlotColumns(num_rows)
     parts: dict[str, list[float]] = {"schedule_us": [], "pack_us": [], "update_us": []}
     while (batch := scheduler.schedule()) is not None:
         marks = [time.perf_counter()]
@@ -45,10 +47,10 @@ def _measure(num_rows: int, repeats: int) -> dict[str, object]:
         marks.append(time.perf_counter())
         if batch is None:
             break
-        layout = StepLayout(batch.bucket, pages_per_row)
+        layout = layouts.setdefault(batch.bucket, StepLayout(batch.bucket, PAGE_SIZE))
         marks.append(time.perf_counter())
         vector = np.zeros(layout.size, np.int32)
-        fill_rank(layout.views(vector), batch.ranks[0])
+        fill_rank(layout, vector, batch.ranks[0], columns)
         marks.append(time.perf_counter())
         scheduler.update(batch, [[11] * num_rows])
         parts["update_us"].append(marks[1] - marks[0])

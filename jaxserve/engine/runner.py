@@ -7,7 +7,7 @@ wait for the device, so the next batch is prepared while this one runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,17 +18,11 @@ import numpy as np
 from jaxserve.engine.compile_counter import num_fresh_compiles
 from jaxserve.engine.kv_cache import StepMemory, allocate, bytes_per_device, cache_structs
 from jaxserve.engine.loader import Model
-from jaxserve.engine.step import (
-    ON_DEVICE,
-    SAMPLES,
-    StepLayout,
-    forward_and_read,
-    forward_and_sample,
-)
+from jaxserve.engine.packing import SlotColumns, fill_rank
+from jaxserve.engine.step import RowState, StepLayout, forward_and_read, forward_and_sample
 from jaxserve.engine.step_store import StepStore, step_key
-from jaxserve.sampling import pack_into
 from jaxserve.scheduler.buckets import Bucket
-from jaxserve.scheduler.scheduler import Batch, Scheduled
+from jaxserve.scheduler.scheduler import Batch
 from model_defs.sharding import DATA
 
 
@@ -74,6 +68,7 @@ class Runner:
         self._steps: dict[Bucket, Callable] = {}
         self._layouts: dict[Bucket, StepLayout] = {}
         self._caches: tuple[jax.Array, ...] = ()
+        self._slot_columns = [SlotColumns(max_rows) for _ in range(self.num_ranks)]
         self.compile_s: dict[Bucket, float] = {}
 
     @property
@@ -87,25 +82,21 @@ class Runner:
         return tuple(sorted(self._steps))
 
     def layout(self, bucket: Bucket) -> StepLayout:
-        return StepLayout(bucket, self.pages_per_row)
+        return StepLayout(bucket, self.page_size)
 
     def lower(self, bucket: Bucket, num_pages: int) -> jax.stages.Lowered:
         """Trace one bucket's step for a pool of `num_pages` pages a rank."""
         model, layout = self.model, self.layout(bucket)
-        caches = self._cache_structs(num_pages)
-        by_rank = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=self._by_rank)
+        caches, state = self._cache_structs(num_pages), self.state_structs(self.max_rows)
         forward = forward_and_sample if model.spec.task == "generate" else forward_and_read
+        shardings = jax.tree.map(lambda array: array.sharding, (state, caches))
         step = jax.jit(
             partial(forward, model.merge, layout, model.rules),
             donate_argnums=(1, 2),
-            out_shardings=(self._by_rank, self._by_rank, tuple(c.sharding for c in caches)),
+            out_shardings=(self._by_rank, *shardings),
         )
-        return step.lower(
-            model.params,
-            caches,
-            by_rank((self.num_ranks, self.max_rows)),
-            by_rank((self.num_ranks, layout.size)),
-        )
+        packed = self._by_rank_struct(layout.size)
+        return step.lower(model.params, caches, state, packed)
 
     def compile(self, bucket: Bucket, num_pages: int) -> tuple[jax.stages.Compiled, StepMemory]:
         """Load one bucket's step from the store, else compile it; several threads may call this."""
@@ -135,15 +126,16 @@ class Runner:
             [(p.shape, p.dtype, p.sharding) for p in model.params],
             [(c.shape, c.dtype, c.sharding) for c in self._cache_structs(num_pages)],
             self.layout(bucket),
-            (self.num_ranks, self.max_rows, self.page_size),
+            (self.num_ranks, self.max_rows, self.page_size, self.pages_per_row),
         )
         return step_key(parts, self._devices)
 
     def _load(self, key: str, num_pages: int) -> jax.stages.Compiled | None:
         assert self._store is not None
         caches = self._cache_structs(num_pages)
-        in_tree = jax.tree.structure(((self.model.params, caches, 0, 0), {}))
-        out_tree = jax.tree.structure((0, 0, caches))
+        state = self.state_structs(self.max_rows)
+        in_tree = jax.tree.structure(((self.model.params, caches, state, 0), {}))
+        out_tree = jax.tree.structure((0, state, caches))
         return self._store.load(key, in_tree, out_tree, self._devices)
 
     @property
@@ -154,6 +146,15 @@ class Runner:
         specs = self.model.module.cache_specs
         return cache_structs(specs, self.model.rules, num_pages, self.page_size)
 
+    def _by_rank_struct(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """An int32 array of which each rank has one block of `shape`."""
+        return jax.ShapeDtypeStruct((self.num_ranks, *shape), jnp.int32, sharding=self._by_rank)
+
+    def state_structs(self, num_slots: int) -> RowState:
+        """Shapes and shardings of the row state for `num_slots` rows a rank."""
+        struct = self._by_rank_struct
+        return RowState(struct(num_slots), struct(num_slots, self.pages_per_row))
+
     def install(self, bucket: Bucket, compiled: jax.stages.Compiled) -> None:
         """Make a compiled bucket available to `dispatch`."""
         self._layouts[bucket] = self.layout(bucket)
@@ -163,18 +164,30 @@ class Runner:
         """Create the caches: `num_pages` pages on each rank."""
         self.num_pages = num_pages
         self._caches = allocate(self._cache_structs(num_pages))
-        self._last_tokens = jax.device_put(
-            np.zeros((self.num_ranks, self.max_rows), np.int32), self._by_rank
+        self._state = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding),
+            self.state_structs(self.max_rows),
         )
 
     def dispatch(self, batch: Batch) -> InFlight:
         """Start a step; returns at once."""
-        packed = self.pack(batch)
-        results, self._last_tokens, self._caches = self._steps[batch.bucket](
-            self.params, self._caches, self._last_tokens, jax.device_put(packed, self._by_rank)
-        )
+        results = self._run(batch.bucket, self.pack(batch))
         results.copy_to_host_async()
         return InFlight(batch, results)
+
+    def run_empty(self, bucket: Bucket) -> None:
+        """Run a step without any row and wait for it.
+
+        It changes nothing. The first runs of a step pay for loading its code and whatever else the
+        runtime puts off, which a request should not.
+        """
+        self._run(bucket, self.pack(Batch(((),) * self.num_ranks, bucket))).block_until_ready()
+
+    def _run(self, bucket: Bucket, packed: np.ndarray) -> jax.Array:
+        results, self._state, self._caches = self._steps[bucket](
+            self.params, self._caches, self._state, jax.device_put(packed, self._by_rank)
+        )
+        return results
 
     def collect(self, step: InFlight) -> list[list[int]]:
         """Wait for a step's tokens: per rank, one per scheduled row."""
@@ -187,7 +200,7 @@ class Runner:
 
     def close(self) -> None:
         """Free the arrays on the device; nothing can be dispatched afterwards."""
-        for array in (*self.params, *self._caches, self._last_tokens):
+        for array in jax.tree.leaves((self.params, self._caches, self._state)):
             array.delete()
         self._steps.clear()
 
@@ -195,35 +208,6 @@ class Runner:
         """A batch as `i32[ranks, layout.size]`."""
         layout = self._layouts[batch.bucket]
         packed = np.zeros((self.num_ranks, layout.size), np.int32)
-        for vector, rows in zip(packed, batch.ranks, strict=True):
-            fill_rank(layout.views(vector), rows)
+        for vector, rows, columns in zip(packed, batch.ranks, self._slot_columns, strict=True):
+            fill_rank(layout, vector, rows, columns)
         return packed
-
-
-def fill_rank(fields: dict[str, np.ndarray], rows: Sequence[Scheduled]) -> None:
-    """Write one rank's rows into the views of its vector."""
-    num = len(rows)
-    new = [row.num_new for row in rows]
-    starts = fields["query_starts"]
-    np.cumsum(new, out=starts[1 : num + 1])
-    starts[num + 1 :] = starts[num]
-    fields["kv_lens"][:num] = [row.start + row.num_new for row in rows]
-    fields["prompt_lens"][:num] = [row.request.num_prompt for row in rows]
-    fields["slots"][:num] = [row.request.row for row in rows]
-    fields["flags"][:num] = [
-        ON_DEVICE * row.token_on_device + SAMPLES * row.samples for row in rows
-    ]
-    num_decode = next((i for i, n in enumerate(new) if n != 1), num)
-    fields["distribution"][:] = (num_decode, num_decode, num)
-    table, tokens, at = fields["page_table"], fields["tokens"], 0
-    for i, row in enumerate(rows):
-        pages = row.request.pages
-        table[i, : len(pages)] = pages
-        if not row.token_on_device:
-            stop = row.start + row.num_new
-            tokens[at : at + row.num_new] = row.request.tokens[row.start : stop]
-        at += row.num_new
-    pack_into(
-        fields["sampling"],
-        [(row.request.sampling, row.request.seed, row.start + row.num_new) for row in rows],
-    )

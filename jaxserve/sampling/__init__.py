@@ -4,7 +4,22 @@
 that the jitted step calls. Neither knows of schedulers, pages or models.
 """
 
-from jaxserve.sampling.arrays import NUM_COLUMNS, SamplingArrays, fill, pack_into, unpack
+from jaxserve.sampling.arrays import (
+    NUM_COLUMNS,
+    POSITION,
+    SamplingArrays,
+    fill,
+    pack_into,
+    unpack,
+)
 from jaxserve.sampling.sample import sample
 
-__all__ = ["NUM_COLUMNS", "SamplingArrays", "fill", "pack_into", "sample", "unpack"]
+__all__ = [
+    "NUM_COLUMNS",
+    "POSITION",
+    "SamplingArrays",
+    "fill",
+    "pack_into",
+    "sample",
+    "unpack",
+]

@@ -18,9 +18,10 @@ import numpy as np
 
 from jaxserve.request import SamplingParams
 
-__all__ = ["NUM_COLUMNS", "SamplingArrays", "fill", "pack_into", "unpack"]
+__all__ = ["NUM_COLUMNS", "POSITION", "SamplingArrays", "fill", "pack_into", "unpack"]
 
 NUM_COLUMNS = 6
+POSITION = 5  # the only column that changes from step to step
 
 _COLUMNS = struct.Struct("=3fiIi")  # in the order of the module docstring
 _GREEDY = np.frombuffer(_COLUMNS.pack(0.0, 1.0, 0.0, 0, 0, 0), np.int32)[:, None]

@@ -24,6 +24,7 @@ from jaxserve.scheduler.buckets import Bucket, choose
 from jaxserve.scheduler.page_pool import NoPagesLeft, PagePool
 
 _arrival = attrgetter("arrival")
+_new_tuple = tuple.__new__
 
 
 class Scheduled(NamedTuple):
@@ -117,6 +118,21 @@ class _Plan:
         self.tokens_left = tokens_left
         self.single: list[Scheduled] = []  # rows with one new token
         self.chunks: list[Scheduled] = []
+
+    def compute_one(self, request: Request) -> None:
+        """Add the one token of a request that is left to be computed.
+
+        The same as `compute` then does, for the rows that most steps consist of.
+        """
+        start = request.num_computed
+        request.num_computed = total = start + 1
+        request.num_pending += 1
+        self.tokens_left -= 1
+        if total + 1 >= request.max_len or request.prefill_only:
+            self.rank.ended.append(request)
+        # What `Scheduled(...)` calls, without the call around it.
+        row = _new_tuple(Scheduled, (request, start, 1, True, start >= len(request.tokens)))
+        self.single.append(row)
 
     def compute(self, request: Request) -> None:
         """Add as many of the request's tokens as this step has left, at least one."""
@@ -316,32 +332,31 @@ class Scheduler:
         A prefill-only request gets none; it is returned when its last token was computed.
 
         batch: the oldest one not yet updated.
-        sampled: for each rank one token per row, in order; padding may follow, and what stands at
+        sampled: for each rank one token (an int) per row, in order; padding may follow, and what stands at
             a row that does not sample is ignored, as are rows of requests finished meanwhile.
         """
         assert self._in_flight and self._in_flight[0] is batch, "updates must follow the schedule"
         self._in_flight.popleft()
-        now_s = time.perf_counter()
+        now_s, finished = time.perf_counter(), Status.FINISHED
         touched: list[Request] = []
+        touch = touched.append
         for rows, tokens in zip(batch.ranks, sampled, strict=True):
             assert len(tokens) >= len(rows), f"{len(tokens)} tokens for {len(rows)} rows"
-            for row, token in zip(rows, tokens, strict=False):
-                request = row.request
-                if not row.samples or request.status is Status.FINISHED:
+            for (request, _, _, samples, _), token in zip(rows, tokens, strict=False):
+                if not samples or request.status is finished:
                     continue
+                touch(request)
                 if request.prefill_only:
-                    touched.append(request)
                     self._finish(request, FinishReason.STOP, now_s)
                     continue
-                token = int(token)
-                request.tokens.append(token)
+                known = request.tokens
+                known.append(token)
                 request.num_pending -= 1
                 if request.first_token_s is None:
                     request.first_token_s = now_s
-                touched.append(request)
                 if token in request.end_ids:
                     self._finish(request, FinishReason.STOP, now_s)
-                elif len(request.tokens) >= request.max_len:
+                elif len(known) >= request.max_len:
                     self._finish(request, FinishReason.LENGTH, now_s)
         return touched
 
@@ -353,13 +368,13 @@ class Scheduler:
         rank.ended.clear()
         plan = _Plan(rank, self.max_tokens_per_step)
         longer = []
-        page_size = self.page_size
+        page_size, compute_one = self.page_size, plan.compute_one
         for request in rank.running:  # preemption shortens the list at its end
             start = request.num_computed
             if len(request.tokens) + request.num_pending - start > 1:
                 longer.append(request)
             elif start < len(request.pages) * page_size or self._grow(rank, request):
-                plan.compute(request)
+                compute_one(request)
         for request in longer:
             if plan.tokens_left == 0:
                 break

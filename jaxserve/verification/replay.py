@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.engine.kv_cache import cache_structs
-from jaxserve.engine.runner import Runner, fill_rank
+from jaxserve.engine.packing import SlotColumns, fill_rank
+from jaxserve.engine.runner import Runner
 from jaxserve.engine.step import StepLayout, forward_layers
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler.buckets import Bucket
@@ -65,27 +66,36 @@ def replay(
         scheduler.add(Request(str(index), given, len(given), sampling))
     structs = cache_structs(model.module.cache_specs, model.rules, num_pages, runner.page_size)
     caches = tuple(jnp.full(s.shape, jnp.nan, s.dtype, device=s.sharding) for s in structs)
+    state_structs = runner.state_structs(bucket.rows)
+    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), state_structs)
     everywhere, by_rank = model.rules.sharding(), model.rules.sharding("rows", None)
+    shardings = jax.tree.map(lambda s: s.sharding, (state_structs, structs))
     forward = jax.jit(
         partial(forward_layers, model.merge, layout, model.rules),
-        donate_argnums=1,
-        out_shardings=(everywhere, everywhere, tuple(s.sharding for s in structs)),
+        donate_argnums=(1, 2),
+        out_shardings=(everywhere, everywhere, *shardings),
     )
+    columns = [SlotColumns(bucket.rows) for _ in range(runner.num_ranks)]
     while (batch := scheduler.schedule()) is not None:
-        packed = jax.device_put(_pack(layout, batch, prompts), by_rank)
-        layers, logits, caches = forward(runner.params, caches, packed)
+        packed = jax.device_put(_pack(layout, batch, columns, prompts), by_rank)
+        layers, logits, state, caches = forward(runner.params, caches, state, packed)
         width = model.spec.vocab if model.spec.task == "generate" else None
         yield _pieces(batch, layers, logits, width)
         scheduler.update(batch, _next_tokens(batch, prompts))
 
 
-def _pack(layout: StepLayout, batch: Batch, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+def _pack(
+    layout: StepLayout,
+    batch: Batch,
+    columns: Sequence[SlotColumns],
+    prompts: Sequence[Sequence[int]],
+) -> np.ndarray:
     packed = np.zeros((len(batch.ranks), layout.size), np.int32)
-    for vector, rows in zip(packed, batch.ranks, strict=True):
-        fields = layout.views(vector)
-        fill_rank(fields, rows)
+    for vector, rows, of_rank in zip(packed, batch.ranks, columns, strict=True):
+        fill_rank(layout, vector, rows, of_rank)
         # The reference computes the text at once, as one prompt; ropes may depend on its length.
-        fields["prompt_lens"][: len(rows)] = [len(prompts[int(row.request.id)]) for row in rows]
+        lengths = [len(prompts[int(row.request.id)]) for row in rows]
+        layout.views(vector)["prompt_lens"][: len(rows)] = lengths
     return packed
 
 
