@@ -101,7 +101,7 @@ def step_limits(config: EngineConfig, defaults: PlatformDefaults) -> tuple[int, 
 
 def first_bucket(buckets: Sequence[Bucket], max_rows: int, first_tokens: int | None) -> Bucket:
     """Choose the bucket to serve with first: it holds every row, and `first_tokens` tokens."""
-    for bucket in sorted(buckets):
+    for bucket in sorted(b for b in buckets if not b.decode_only):
         if first_tokens is not None and bucket.rows == max_rows and bucket.tokens >= first_tokens:
             return bucket
     return max(buckets)

@@ -114,7 +114,11 @@ def _rank_inputs(layout: StepLayout, vector, state: RowState):
         positions=positions,
         prompt_lens=f["prompt_lens"][row],
         attention=AttentionMetadata(
-            f["kv_lens"], page_table[f["slots"]], starts, f["distribution"]
+            f["kv_lens"],
+            page_table[f["slots"]],
+            starts,
+            f["distribution"],
+            decode_only=layout.bucket.decode_only,
         ),
         sample_at=jnp.maximum(starts[1:] - 1, 0),
     )

@@ -10,13 +10,17 @@ _SMALLEST_MIXED = 32  # tokens; a shorter chunk costs a step hardly less
 
 @dataclass(frozen=True, order=True, slots=True)
 class Bucket:
-    """One compiled shape of the step: padded tokens (T) and padded rows (R) of each rank."""
+    """One compiled shape of the step: padded tokens (T) and padded rows (R) of each rank.
+
+    decode_only: for steps whose rows have one token each, which saves them what longer rows need.
+    """
 
     tokens: int
     rows: int
+    decode_only: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tokens}x{self.rows}"
+        return f"{self.tokens}x{self.rows}{' decode' if self.decode_only else ''}"
 
 
 def make_buckets(max_tokens: int, max_rows: int, *, decodes: bool = True) -> tuple[Bucket, ...]:
@@ -24,7 +28,7 @@ def make_buckets(max_tokens: int, max_rows: int, *, decodes: bool = True) -> tup
 
     Without `decodes` there are mixed buckets only: no request has a second step of one token.
 
-    Decode buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for powers
+    Decode-only buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for powers
     of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little: only
     its last token's logits.
 
@@ -36,22 +40,25 @@ def make_buckets(max_tokens: int, max_rows: int, *, decodes: bool = True) -> tup
             f"buckets need 1 <= max_rows <= max_tokens, but max_rows={max_rows} and "
             f"max_tokens={max_tokens}: every running row must get a token in every step."
         )
-    decode = {Bucket(rows, rows) for rows in _doubling(1, max_rows)} if decodes else set()
+    decode = {Bucket(rows, rows, True) for rows in _doubling(1, max_rows)} if decodes else set()
     smallest = min(max_tokens, max(_SMALLEST_MIXED, 2 * max_rows if decodes else 0))
     mixed = {Bucket(tokens, max_rows) for tokens in _doubling(smallest, max_tokens)}
-    return tuple(sorted(decode | mixed))
+    return tuple(sorted({b for b in decode if b.tokens < max_tokens} | mixed))
 
 
-def choose(buckets: Iterable[Bucket], num_tokens: int, num_rows: int) -> Bucket:
+def choose(
+    buckets: Iterable[Bucket], num_tokens: int, num_rows: int, *, decode_only: bool
+) -> Bucket:
     """Return the cheapest bucket that fits; tokens cost most, then rows.
 
-    `buckets` must be in ascending order, as make_buckets gives them.
+    decode_only: every row of the step has one token. `buckets` must be in ascending order, as make_buckets gives them.
 
     Raises:
         ValueError: none fits.
     """
     for bucket in buckets:
-        if bucket.tokens >= num_tokens and bucket.rows >= num_rows:
+        fits = bucket.tokens >= num_tokens and bucket.rows >= num_rows
+        if fits and (decode_only or not bucket.decode_only):
             return bucket
     raise ValueError(
         f"no bucket holds {num_tokens} tokens in {num_rows} rows; the largest is "

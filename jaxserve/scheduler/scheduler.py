@@ -225,7 +225,7 @@ class Scheduler:
             ValueError: none of them holds a full step; the old ones stay.
         """
         ordered = tuple(sorted(buckets))
-        choose(ordered, self.max_tokens_per_step, self.max_rows)
+        choose(ordered, self.max_tokens_per_step, self.max_rows, decode_only=False)
         self._buckets = ordered
 
     # ---- requests come and go ------------------------------------------------------------------
@@ -319,7 +319,9 @@ class Scheduler:
         if not any(num_tokens):
             return None
         ranks = tuple((*plan.single, *plan.chunks) for plan in plans)
-        bucket = choose(self._buckets, max(num_tokens), max(map(len, ranks)))
+        decode_only = not any(plan.chunks for plan in plans)
+        num_rows = max(map(len, ranks))
+        bucket = choose(self._buckets, max(num_tokens), num_rows, decode_only=decode_only)
         batch = Batch(ranks, bucket)
         self._in_flight.append(batch)
         self._total_steps += 1

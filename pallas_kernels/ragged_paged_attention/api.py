@@ -108,7 +108,9 @@ def ragged_paged_attention(
             partial(gpu.ragged_paged_attention, **options, decode_only=decode_only),
             platforms=("cuda", "rocm"),
         ),
-        Implementation("xla", partial(xla.ragged_paged_attention, **options)),
+        Implementation(
+            "xla", partial(xla.ragged_paged_attention, **options, decode_only=decode_only)
+        ),
         Implementation(
             "reference", partial(reference.ragged_paged_attention, **options), automatic=False
         ),

@@ -113,6 +113,7 @@ def ragged_paged_attention(
     softcap: float | None,
     block_sparse: BlockSparse | None,
     v_head_dim: int,
+    decode_only: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.ragged_paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
@@ -153,7 +154,7 @@ def ragged_paged_attention(
     if small_tile < tile:
         after_tiles = query_starts[:-1] + items.tiles * tile
         passes.append((small_tile, _SMALL_BLOCK, after_tiles, items.small_tiles))
-    for size, block, starts, tiles in passes:
+    for size, block, starts, tiles in [] if decode_only else passes:
         out = _attend_tiles(
             queries,
             out,

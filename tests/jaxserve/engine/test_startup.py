@@ -111,7 +111,7 @@ def test_the_engine_serves_while_it_compiles(
     driver.engine.wait_until_warm()  # in the middle of a request
     driver.drain()
     assert request.tokens[40:] == expected
-    assert Bucket(1, 1) in driver.buckets_used
+    assert Bucket(1, 1, True) in driver.buckets_used
     stats = driver.engine.stats()
     assert stats["buckets_compiled"] == stats["buckets"] == len(make_buckets(32, 4))
     assert set(stats["compile_s"]) == {str(bucket) for bucket in make_buckets(32, 4)}
@@ -123,7 +123,7 @@ def test_a_bucket_that_does_not_compile_is_done_without(
     compile_now = Runner.compile
 
     def partly(self: Runner, bucket: Bucket, num_pages: int) -> Any:
-        if bucket == Bucket(1, 1):
+        if bucket == Bucket(1, 1, True):
             raise RuntimeError("the compiler gave up")
         return compile_now(self, bucket, num_pages)
 
@@ -133,8 +133,8 @@ def test_a_bucket_that_does_not_compile_is_done_without(
         driver.engine.wait_until_warm()
     prompt = random_prompt(40)
     assert driver.run((prompt, greedy(6))) == [model.greedy(prompt, 6)]
-    assert Bucket(1, 1) not in driver.buckets_used
-    assert Bucket(2, 2) in driver.buckets_used
+    assert Bucket(1, 1, True) not in driver.buckets_used
+    assert Bucket(2, 2, True) in driver.buckets_used
     assert driver.engine.is_warm
     assert driver.engine.stats()["compiles_after_warmup"] == 0
 

@@ -225,7 +225,12 @@ class Simulation:
         num_rows = [len(rows) for rows in batch.ranks]
         assert 0 < max(num_tokens) <= scheduler.max_tokens_per_step
         assert max(num_rows) <= scheduler.max_rows
-        assert batch.bucket == choose(self.buckets, max(num_tokens), max(num_rows))
+        assert batch.bucket == choose(
+            self.buckets,
+            max(num_tokens),
+            max(num_rows),
+            decode_only=all(row.num_new == 1 for rows in batch.ranks for row in rows),
+        )
         for index, rows in enumerate(batch.ranks):
             singles = [row.num_new == 1 for row in rows]
             assert singles == sorted(singles, reverse=True), "single tokens come first"

@@ -12,7 +12,7 @@ def test_every_batch_up_to_the_maxima_has_a_bucket(max_tokens: int, max_rows: in
     buckets = make_buckets(max_tokens, max_rows)
     for num_rows in range(1, max_rows + 1):
         for num_tokens in {num_rows, (num_rows + max_tokens) // 2, max_tokens}:
-            bucket = choose(buckets, num_tokens, num_rows)
+            bucket = choose(buckets, num_tokens, num_rows, decode_only=False)
             assert bucket.tokens >= num_tokens
             assert bucket.rows >= num_rows
 
@@ -28,14 +28,14 @@ def test_the_last_bucket_is_the_largest_possible_batch(max_tokens: int, max_rows
 def test_decode_rows_pad_to_less_than_twice_their_number(max_rows: int) -> None:
     buckets = make_buckets(4096, max_rows)
     for num_rows in range(1, max_rows + 1):
-        bucket = choose(buckets, num_rows, num_rows)
+        bucket = choose(buckets, num_rows, num_rows, decode_only=True)
         assert bucket.tokens == bucket.rows < 2 * num_rows
 
 
 def test_long_chunks_pad_to_less_than_twice_their_tokens() -> None:
     buckets = make_buckets(4096, 256)
     for num_tokens in range(512, 4097, 31):
-        assert choose(buckets, num_tokens, 1).tokens < 2 * num_tokens
+        assert choose(buckets, num_tokens, 1, decode_only=False).tokens < 2 * num_tokens
 
 
 def test_there_are_few_buckets_because_each_is_a_compile() -> None:
@@ -45,16 +45,22 @@ def test_there_are_few_buckets_because_each_is_a_compile() -> None:
 
 def test_tokens_cost_more_than_rows() -> None:
     buckets = (Bucket(16, 4), Bucket(16, 8), Bucket(32, 1))
-    assert choose(buckets, 10, 1) == Bucket(16, 4)
-    assert choose(buckets, 10, 5) == Bucket(16, 8)
-    assert choose(buckets, 17, 1) == Bucket(32, 1)
+    assert choose(buckets, 10, 1, decode_only=True) == Bucket(16, 4)
+    assert choose(buckets, 10, 5, decode_only=False) == Bucket(16, 8)
+    assert choose(buckets, 17, 1, decode_only=False) == Bucket(32, 1)
+
+
+def test_longer_rows_never_go_to_a_decode_only_bucket() -> None:
+    buckets = make_buckets(64, 8)
+    assert choose(buckets, 4, 2, decode_only=True) == Bucket(4, 4, True)
+    assert choose(buckets, 4, 2, decode_only=False) == Bucket(32, 8)
 
 
 def test_no_bucket_fits() -> None:
     with pytest.raises(ValueError, match="no bucket holds 40 tokens in 2 rows"):
-        choose((Bucket(32, 2),), 40, 2)
+        choose((Bucket(32, 2),), 40, 2, decode_only=True)
     with pytest.raises(ValueError, match="no bucket holds"):
-        choose((), 1, 1)
+        choose((), 1, 1, decode_only=True)
 
 
 @pytest.mark.parametrize(("max_tokens", "max_rows"), [(4, 8), (0, 0), (8, 0)])

@@ -239,7 +239,12 @@ class Snapshot:
         num_tokens = [sum(row.num_new for row in rank) for rank in batch.ranks]
         assert sum(num_rows) == len(rows) > 0, "a request is in the batch twice"
         assert max(num_tokens) <= scheduler.max_tokens_per_step
-        assert batch.bucket == choose(self.engine.buckets, max(num_tokens), max(num_rows))
+        assert batch.bucket == choose(
+            self.engine.buckets,
+            max(num_tokens),
+            max(num_rows),
+            decode_only=all(row.num_new == 1 for row in rows.values()),
+        )
         for index, rank in enumerate(batch.ranks):
             is_single = [row.num_new == 1 for row in rank]
             assert is_single == sorted(is_single, reverse=True), "single tokens come first"
