@@ -28,9 +28,9 @@ def make_buckets(max_tokens: int, max_rows: int, *, decodes: bool = True) -> tup
 
     Without `decodes` there are mixed buckets only: no request has a second step of one token.
 
-    Decode-only buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for powers
-    of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little: only
-    its last token's logits.
+    Decode-only buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for
+    powers of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little:
+    only its last token's logits.
 
     Raises:
         ValueError: the maxima are not 1 <= max_rows <= max_tokens.
@@ -51,7 +51,8 @@ def choose(
 ) -> Bucket:
     """Return the cheapest bucket that fits; tokens cost most, then rows.
 
-    decode_only: every row of the step has one token. `buckets` must be in ascending order, as make_buckets gives them.
+    decode_only: every row of the step has one token. `buckets` must be in ascending order, as
+    make_buckets gives them.
 
     Raises:
         ValueError: none fits.
