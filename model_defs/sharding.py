@@ -129,6 +129,13 @@ class ShardingRules:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
+    @property
+    def device_kind(self) -> str | None:
+        """What JAX calls the devices of the mesh, for kernels; None without devices."""
+        if isinstance(self.mesh, AbstractMesh):
+            return None
+        return self.mesh.devices.flat[0].device_kind
+
     def padded(self, axis: Axis) -> int:
         """Size of `axis` once padded to a multiple of its shards."""
         shards = self.shards(axis.name)

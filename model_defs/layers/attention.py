@@ -32,7 +32,15 @@ from pallas_kernels.ragged_paged_attention import (
 # Traced once per shape and set of options, not once per layer: tracing is most of a warm start.
 _traced_once = jax.jit(
     ragged_paged_attention,
-    static_argnames=("scale", "window", "softcap", "block_sparse", "decode_only", "implementation"),
+    static_argnames=(
+        "scale",
+        "window",
+        "softcap",
+        "block_sparse",
+        "decode_only",
+        "device_kind",
+        "implementation",
+    ),
 )
 
 NormOver = Literal["head", "each_head", "all_heads"]
@@ -192,6 +200,7 @@ class GQAModule(nnx.Module):
             softcap=spec.softcap,
             block_sparse=spec.sparse.mask if spec.sparse else None,
             decode_only=batch.attention.decode_only,
+            device_kind=rules.device_kind,
         )
         per_head, metadata = self._per_head(), _metadata(batch)
         if rules.mesh.size == 1:

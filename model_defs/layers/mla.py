@@ -33,7 +33,8 @@ from pallas_kernels.ragged_paged_attention import cache_axes, ragged_paged_atten
 
 # Traced once per shape and set of options, not once per layer: tracing is most of a warm start.
 _traced_once = jax.jit(
-    ragged_paged_attention, static_argnames=("scale", "v_head_dim", "decode_only", "implementation")
+    ragged_paged_attention,
+    static_argnames=("scale", "v_head_dim", "decode_only", "device_kind", "implementation"),
 )
 
 
@@ -157,7 +158,11 @@ class MLAModule(nnx.Module):
         spec, rules, rows = self.spec, self.rules, batch.attention
         scale = (spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale
         attend = partial(
-            _traced_once, scale=scale, v_head_dim=spec.kv_rank, decode_only=rows.decode_only
+            _traced_once,
+            scale=scale,
+            v_head_dim=spec.kv_rank,
+            decode_only=rows.decode_only,
+            device_kind=rules.device_kind,
         )
         metadata = rows.kv_lens, rows.page_table, rows.query_starts, rows.distribution
         if rules.mesh.size == 1:

@@ -49,14 +49,14 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls; the median counts")
     parser.add_argument(
         "--implementation", default=None, help="ragged_dot, blocks or reference; default: auto"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for spec in ARG_SPECS:
         if arguments.match in spec.name:
             record = time_case(

@@ -50,6 +50,7 @@ def ragged_paged_attention(
     block_offsets: jax.Array | None = None,
     v_head_dim: int | None = None,
     decode_only: bool = False,
+    device_kind: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Write the step's keys and values to their pages, then attend causally over each row's pages.
@@ -78,6 +79,7 @@ def ragged_paged_attention(
       offset block_offsets[n], out of those that causality and `window` leave. Per-head arguments
       are local inside `jax.shard_map`: split them like the heads of q.
     decode_only: a promise that i = k, every live row has one token; saves work where it is known.
+    device_kind: as JAX names the device, for block sizes that were measured there.
     implementation: "gpu", "xla" or "reference"; None lets the platform lowered for decide.
 
     Unused pages and slots may hold anything, NaN included. Works on local shapes inside
@@ -105,7 +107,12 @@ def ragged_paged_attention(
     implementations = (
         Implementation(
             "gpu",
-            partial(gpu.ragged_paged_attention, **options, decode_only=decode_only),
+            partial(
+                gpu.ragged_paged_attention,
+                **options,
+                decode_only=decode_only,
+                device_kind=device_kind,
+            ),
             platforms=("cuda", "rocm"),
         ),
         Implementation(

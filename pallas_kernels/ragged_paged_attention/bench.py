@@ -69,13 +69,13 @@ def time_case(
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--layers", type=int, default=30, help="calls per step")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps; the median counts")
     parser.add_argument("--implementation", default=None, help="xla or reference; default: auto")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for spec in ARG_SPECS:
         if arguments.match in spec.name:
             record = time_case(

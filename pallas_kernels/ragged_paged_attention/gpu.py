@@ -34,7 +34,9 @@ from pallas_kernels.ragged_paged_attention.layout import (
     page_size_of,
     token_rows,
 )
+from pallas_kernels.tuning import shape_key, tuned
 
+DECODE, PREFILL = "ragged_paged_attention.decode", "ragged_paged_attention.prefill"
 LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
 _ITEMS = 16  # of one row that a trip of the merge takes
@@ -126,23 +128,39 @@ class Problem:
         return 0 if self.shared_kv else self.head_dim
 
 
-def decode_tiling(problem: Problem) -> Tiling:
-    """Sizes of the decode kernel; README has the measurements."""
+def decode_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
+    """Sizes of the decode kernel: those measured on the device, else what suits most."""
+    measured = tuned(device_kind, DECODE, tuning_key(problem))
+    if measured is not None:
+        return Tiling(**measured)
     rows = max(_SMALLEST, min(64, pl.next_power_of_2(problem.group)))
     width = problem.head_dim + (0 if problem.shared_kv else problem.v_head_dim)
-    keys = 64 if width <= 256 else 32
+    keys = 128 if width <= 256 else 32
     num_warps = 4 if rows * problem.v_head_dim <= 64 * 128 else 8
     return Tiling(rows, keys, num_warps, 3, programs=1056)
 
 
-def prefill_tiling(problem: Problem) -> Tiling:
-    """Sizes of the prefill kernel; README has the measurements."""
+def prefill_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
+    """Sizes of the prefill kernel: those measured on the device, else what suits most."""
+    measured = tuned(device_kind, PREFILL, tuning_key(problem))
+    if measured is not None:
+        return Tiling(**measured)
     width = max(problem.head_dim, problem.v_head_dim)
     if problem.precise or width > 256:
         return Tiling(64, 32, 8 if width > 256 else 4, 2)
     if width > 128:
         return Tiling(128, 32, 8, 2)
     return Tiling(128, 64, 8, 3)
+
+
+def tuning_key(problem: Problem) -> str:
+    """What the best sizes depend on; pages of 16 tokens and more behave alike."""
+    return shape_key(
+        head_dim=problem.head_dim,
+        v_head_dim=problem.v_head_dim,
+        group=problem.group,
+        itemsize=4 if problem.precise else 2,
+    )
 
 
 def ragged_paged_attention(
@@ -163,6 +181,7 @@ def ragged_paged_attention(
     block_sparse: BlockSparse | None,
     v_head_dim: int,
     decode_only: bool = False,
+    device_kind: str | None = None,
     decode: Tiling | None = None,
     prefill: Tiling | None = None,
     interpret: bool = False,
@@ -185,6 +204,7 @@ def ragged_paged_attention(
         block_sparse=block_sparse,
         v_head_dim=v_head_dim,
         decode_only=decode_only,
+        device_kind=device_kind,
         decode=decode,
         prefill=prefill,
         interpret=interpret,
@@ -209,6 +229,7 @@ def attend(
     block_sparse: BlockSparse | None = None,
     v_head_dim: int,
     decode_only: bool = False,
+    device_kind: str | None = None,
     decode: Tiling | None = None,
     prefill: Tiling | None = None,
     interpret: bool = False,
@@ -233,8 +254,8 @@ def attend(
         precise=q.dtype == jnp.float32,
         interpret=interpret,
     )
-    decode = decode or decode_tiling(problem)
-    prefill = prefill or prefill_tiling(problem)
+    decode = decode or decode_tiling(problem, device_kind)
+    prefill = prefill or prefill_tiling(problem, device_kind)
     per_head = [x for x in (alibi_slopes, block_offsets) if x is not None]
     rows = (kv_lens, query_starts, distribution)
     out = None

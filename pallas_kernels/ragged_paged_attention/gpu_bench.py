@@ -7,13 +7,20 @@ weights by values).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import tuning
+from pallas_kernels.gpu_timing import time_per_call_s
+from pallas_kernels.ragged_paged_attention import gpu
 from pallas_kernels.ragged_paged_attention.layout import cache_shape
+
+CACHE_BYTES = 2**27  # calls in a row read as much in all: more than the card keeps
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,60 @@ class Case:
             platform="gpu",
         )
         return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+    def key(self) -> str:
+        """Where the tuned sizes of this case's shape are found."""
+        return tuning.shape_key(
+            head_dim=self.head_dim,
+            v_head_dim=self.head_dim,
+            group=self.num_heads // self.num_kv_heads,
+            itemsize=2,
+        )
+
+
+def time_case_s(
+    case: Case, *, device_kind: str | None, tiling: gpu.Tiling | None = None, **options: bool
+) -> float:
+    """Seconds of one attention call, without the write of new tokens; `options` of `gpu.attend`."""
+    counts = (4, 16) if case.is_decode else (1, 5)
+    copies = min(counts[1], max(1, math.ceil(CACHE_BYTES / case.kv_bytes)))
+    caches = [case.cache(seed) for seed in range(copies)]
+    tilings = {"decode" if case.is_decode else "prefill": tiling}
+
+    def call(inputs, *metadata):
+        return gpu.attend(
+            *inputs,
+            *metadata,
+            shared_kv=False,
+            scale=case.head_dim**-0.5,
+            v_head_dim=case.head_dim,
+            decode_only=case.is_decode,
+            device_kind=device_kind,
+            **tilings,
+            **options,
+        )
+
+    inputs = [(case.queries(i), caches[i % copies]) for i in range(counts[1])]
+    return time_per_call_s(call, inputs, case.metadata(), counts)
+
+
+def tilings(case: Case) -> Iterator[gpu.Tiling]:
+    """Sizes worth trying for a case."""
+    if case.is_decode:
+        group = case.num_heads // case.num_kv_heads
+        rows = max(16, min(64, 1 << (group - 1).bit_length()))
+        for keys, num_warps, num_stages in (
+            *((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 4, 3), (128, 4, 5), (128, 8, 3)),
+            *((32, 2, 5), (32, 4, 5)),
+        ):
+            for programs in (528, 1056):
+                yield gpu.Tiling(rows, keys, num_warps, num_stages, programs)
+    else:
+        for rows, keys, num_warps, num_stages in (
+            *((128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+            *((128, 128, 8, 2), (128, 64, 8, 5)),
+        ):
+            yield gpu.Tiling(rows, keys, num_warps, num_stages)
 
 
 CASES: tuple[Case, ...] = (

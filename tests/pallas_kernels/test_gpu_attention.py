@@ -1,7 +1,6 @@
 """The GPU kernels: interpreted here against the specification, and lowered for CUDA.
 
-On a machine with a GPU, `python -m pallas_kernels.ragged_paged_attention.check` compares what runs
-on the card.
+On a machine with a GPU, JAXSERVE_TEST_DEVICE=gpu runs them on the card as well.
 """
 
 from dataclasses import replace
@@ -27,7 +26,7 @@ def relative_error(spec: ArgSpec, seed: int, **options) -> float:
     )(*exact)
     given = spec.options()
     per_head = given.pop("alibi_slopes"), given.pop("block_offsets")
-    call = partial(gpu.ragged_paged_attention, **given, **options, interpret=True)
+    call = partial(gpu.ragged_paged_attention, **given, **{"interpret": True, **options})
     out, cache = jax.jit(call)(*arguments, *per_head)
     np.testing.assert_array_equal(np.asarray(cache, np.float32), np.asarray(wanted_cache))
     difference = np.asarray(out, np.float64) - np.asarray(wanted, np.float64)
@@ -44,6 +43,12 @@ def test_every_width_and_page_size_equals_the_reference(spec):
     assert relative_error(spec, seed=2) < TOLERANCE[spec.dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [*ARG_SPECS, *WIDTHS], ids=lambda spec: spec.name)
+def test_kernels_on_the_card_equal_the_reference(spec):
+    assert relative_error(spec, seed=7, interpret=False) < TOLERANCE[spec.dtype]
+
+
 @pytest.mark.parametrize("programs", [1, 4, 10_000])
 def test_the_cut_into_items_changes_nothing(programs):
     spec = replace(ARG_SPECS[0], rows=((1, 700), (1, 3), (1, 64), (1, 129)), tokens=4, row_slots=6)
@@ -58,7 +63,7 @@ def test_a_decode_only_step_equals_a_mixed_one():
     assert relative_error(replace(spec, tokens=7), seed=4, decode_only=True) < 1e-5
 
 
-@pytest.mark.parametrize("spec", [*ARG_SPECS, *WIDTHS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", WIDTHS, ids=lambda spec: spec.name)
 def test_kernels_lower_for_cuda(spec):
     arguments = jax.eval_shape(partial(spec.arguments, platform="gpu"))
     call = partial(ragged_paged_attention, **spec.options())

@@ -1,0 +1,67 @@
+"""Time the kernels on this machine: `python -m pallas_kernels.bench [op]`, one JSON line a case.
+
+On a GPU, ragged paged attention is timed alone, on the cases that FlashAttention 3 was; its figure
+stands beside ours, with the share of what a copy (decode) or a matrix product (prefill) reaches on
+this card. Everything else is timed by the operation's own bench, which takes further arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import jax
+
+from pallas_kernels.gpu_timing import copy_bytes_per_s, matmul_flops_per_s
+from pallas_kernels.grouped_matmul import bench as grouped_matmul
+from pallas_kernels.ragged_paged_attention import bench as ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import gpu_bench
+
+OPS = {"ragged_paged_attention": ragged_paged_attention, "grouped_matmul": grouped_matmul}
+
+
+def gpu_attention_records(match: str):
+    """Yield the JSON record of each case whose name contains `match`."""
+    device = jax.devices()[0]
+    bytes_ceiling, flops_ceiling = copy_bytes_per_s(), matmul_flops_per_s()
+    for case in gpu_bench.CASES:
+        if match not in case.name:
+            continue
+        seconds = gpu_bench.time_case_s(case, device_kind=device.device_kind)
+        record = {
+            "op": "ragged_paged_attention",
+            "case": case.name,
+            "page_size": case.page_size,
+            "us": round(1e6 * seconds, 1),
+            "fa3_us": case.fa3_us,
+            "fa3_ratio": None if case.fa3_us is None else round(case.fa3_us / seconds / 1e6, 3),
+        }
+        if case.is_decode:
+            record["tb_per_s"] = round(case.kv_bytes / seconds / 1e12, 3)
+            record["share_of_copy"] = round(case.kv_bytes / seconds / bytes_ceiling, 3)
+        else:
+            record["tflop_per_s"] = round(case.flops / seconds / 1e12, 1)
+            record["share_of_matmul"] = round(case.flops / seconds / flops_ceiling, 3)
+        yield {**record, "device": device.device_kind, "jax": jax.__version__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench",
+        description=__doc__.splitlines()[0],
+        epilog="Further arguments go to the operation's own bench; see its --help.",
+    )
+    parser.add_argument("op", nargs="?", choices=sorted(OPS), help="default: all of them")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    arguments, rest = parser.parse_known_args()
+    on_gpu = jax.default_backend() == "gpu"
+    for op in [arguments.op] if arguments.op else OPS:
+        if on_gpu and op == "ragged_paged_attention":
+            for record in gpu_attention_records(arguments.match):
+                print(json.dumps(record), flush=True)
+        else:
+            OPS[op].main(["--match", arguments.match, *rest])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Timing kernels on a GPU, and what the card can do at most.
+
+A program runs a call several times, on other inputs each time. The time of one call is the slope
+between a short and a long program: what starting a program costs cancels out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+REPEATS = 9
+
+
+def median_s(call: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median seconds until the arrays that `call` returns are there, a first call apart."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def time_per_call_s(
+    call: Callable[..., jax.Array],
+    inputs: Sequence[Any],
+    shared: tuple[jax.Array, ...],
+    counts: tuple[int, int],
+) -> float:
+    """Seconds of one `call(inputs[i], *shared)`.
+
+    Args:
+        inputs: arrays for each call of the longer program; one may come again, with so many others
+            in between that it has left the card's cache.
+        counts: calls of the shorter and of the longer program.
+    """
+    seconds = []
+    for count in counts:
+        used = tuple(inputs[i % len(inputs)] for i in range(count))
+
+        def program(used, shared):
+            return [call(each, *shared) for each in used]
+
+        compiled = jax.jit(program).lower(used, shared).compile()
+        seconds.append(median_s(lambda c=compiled, u=used: c(u, shared)))
+    return (seconds[1] - seconds[0]) / (counts[1] - counts[0])
+
+
+def copy_bytes_per_s(num_bytes: int = 2**31) -> float:
+    """Bytes read plus written per second by a large elementwise copy: the memory's ceiling."""
+    x = jax.random.normal(jax.random.key(0), (num_bytes // 2,), jnp.bfloat16)
+    double = jax.jit(lambda x: x * 2)
+    return 2 * num_bytes / median_s(lambda: double(x))
+
+
+def matmul_flops_per_s(size: int = 8192) -> float:
+    """Operations per second of a large bfloat16 matrix product: the tensor cores' ceiling."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / median_s(lambda: product(x))

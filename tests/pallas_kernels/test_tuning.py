@@ -1,0 +1,110 @@
+"""Tuned block sizes: found by device and shape, kept as data; and what times the candidates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tuning
+from pallas_kernels.gpu_timing import time_per_call_s
+from pallas_kernels.ragged_paged_attention import gpu, gpu_bench
+from pallas_kernels.tune import best_of
+
+LLAMA = gpu.Problem(32, 8, 128, 128, 16, False, 1.0, None, None, None, False, False, False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning._entries.cache_clear()
+    yield tmp_path
+    tuning._entries.cache_clear()
+
+
+def test_the_longest_matching_device_name_counts(folder: Path) -> None:
+    tuning.write("nvidia_h100", "op", {"n=1": {"parameters": {"a": 1}}})
+    tuning.write("nvidia_h100_nvl", "op", {"n=1": {"parameters": {"a": 2}}})
+    assert tuning.tuned("NVIDIA H100 80GB HBM3", "op", "n=1") == {"a": 1}
+    assert tuning.tuned("NVIDIA H100 NVL", "op", "n=1") == {"a": 2}
+    for device, op, key in (
+        ("NVIDIA A100", "op", "n=1"),
+        ("NVIDIA H100", "other", "n=1"),
+        ("NVIDIA H100", "op", "n=2"),
+        (None, "op", "n=1"),
+    ):
+        assert tuning.tuned(device, op, key) is None
+
+
+def test_writing_keeps_other_shapes(folder: Path) -> None:
+    tuning.write("card", "op", {"n=1": {"parameters": {"a": 1}}})
+    tuning.write("card", "op", {"n=2": {"parameters": {"a": 2}}})
+    assert tuning.tuned("card", "op", "n=1") == {"a": 1}
+    assert tuning.tuned("card", "op", "n=2") == {"a": 2}
+
+
+def test_files_in_the_package_hold_what_the_kernels_take() -> None:
+    files = list(tuning.FOLDER.glob("*.json"))
+    assert files
+    for path in files:
+        for op, entries in json.loads(path.read_text()).items():
+            for entry in entries.values():
+                assert entry["measured"]
+                if op in (gpu.DECODE, gpu.PREFILL):
+                    gpu.Tiling(**entry["parameters"])
+
+
+def test_a_tuned_shape_gets_its_sizes_and_any_other_the_default() -> None:
+    tuned = gpu.decode_tiling(LLAMA, "NVIDIA H100 80GB HBM3")
+    entries = json.loads((tuning.FOLDER / "nvidia_h100.json").read_text())[gpu.DECODE]
+    assert tuned == gpu.Tiling(**entries[gpu.tuning_key(LLAMA)]["parameters"])
+    other = replace(LLAMA, head_dim=96, v_head_dim=96)
+    assert gpu.decode_tiling(other, "NVIDIA H100 80GB HBM3") == gpu.decode_tiling(other)
+
+
+def test_the_best_sizes_are_best_over_all_cases() -> None:
+    times = {"short": {"a": 1.0, "b": 1.1, "c": 0.9}, "long": {"a": 10.0, "b": 8.0}}
+    assert best_of(times) == "b"
+
+
+def test_keys_of_cases_and_of_kernels_agree() -> None:
+    case = gpu_bench.CASES[0]
+    assert case.key() == gpu.tuning_key(LLAMA)
+
+
+def test_counted_work_is_that_of_the_published_figures() -> None:
+    by_name = {case.name: case for case in gpu_bench.CASES}
+    assert by_name["decode_64x1024"].kv_bytes == 64 * 1024 * 8 * 128 * 2 * 2
+    assert by_name["prefill_1x8192"].flops == 2 * 8192**2 * 32 * 128
+
+
+def test_cases_run_as_they_are_timed() -> None:
+    for name in ("decode_1x1024", "prefill_1x2048"):
+        case = next(case for case in gpu_bench.CASES if case.name == name)
+        small = replace(case, new=min(case.new, 24), kv=24, num_heads=4, num_kv_heads=2)
+        tiling = gpu.Tiling(16, 16, 4, 2, programs=4)
+        gpu_bench.time_case_s(
+            replace(small, head_dim=16), device_kind=None, tiling=tiling, interpret=True
+        )
+
+
+def test_the_time_of_a_call_is_a_slope() -> None:
+    seconds = time_per_call_s(lambda x, y: x @ y, [jnp.ones((64, 64))] * 4, (jnp.eye(64),), (1, 4))
+    assert seconds < 1
+
+
+@pytest.mark.parametrize("module", ["bench", "tune"])
+def test_commands_explain_themselves(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"pallas_kernels.{module}", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(tuning.__file__).parents[1],
+    )
+    assert f"python -m pallas_kernels.{module}" in done.stdout
