@@ -85,9 +85,7 @@ def _fill_tokens(
 
 def _new_pages(rows: Sequence[Scheduled], num_single: int, page_size: int) -> list[int]:
     """Row after row, the pages that the new tokens lie in."""
-    pages = [
-        request.pages[start // page_size] for request, start, _, _, _ in rows[:num_single]
-    ]
+    pages = [request.pages[start // page_size] for request, start, _, _, _ in rows[:num_single]]
     for request, start, num_new, _, _ in rows[num_single:]:
         pages += request.pages[start // page_size : (start + num_new - 1) // page_size + 1]
     return pages

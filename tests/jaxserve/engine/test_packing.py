@@ -82,9 +82,7 @@ def check(device: Device, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize(("page_size", "num_ranks", "depth"), [(1, 1, 1), (4, 1, 2), (7, 2, 2)])
-def test_the_device_finds_every_token_and_page(
-    page_size: int, num_ranks: int, depth: int
-) -> None:
+def test_the_device_finds_every_token_and_page(page_size: int, num_ranks: int, depth: int) -> None:
     """Preemptions, aborts and reused row slots included; updates lag behind by `depth` steps."""
     draw = random.Random(page_size)
     scheduler = Scheduler(
