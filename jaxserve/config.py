@@ -69,8 +69,8 @@ class EngineConfig:
     )
     load_format: str = setting(
         "auto",
-        "auto: the checkpoint's weights; dummy: random ones, for which a config.json (a folder with "
-        "it, its path, or a hub id) is enough",
+        "auto: the checkpoint's weights; dummy: random ones, made from a config.json alone (its "
+        "path, a folder that holds it, or a hub id)",
         choices=LOAD_FORMATS,
     )
     tokenizer_path: str | None = setting(None, "folder or hub id of the tokenizer, if elsewhere")

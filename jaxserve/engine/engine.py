@@ -495,7 +495,8 @@ class Engine:
 def load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:
     """Load the tokenizer that the config names, else the checkpoint's own.
 
-    Random weights go without where there is none. Raises ConfigError where there is none, TokenizerError where it cannot be used.
+    Raises ConfigError where there is none (random weights go without), TokenizerError where it
+    cannot be used.
     """
     folder = checkpoint.tokenizer_dir
     if config.tokenizer_path is not None:

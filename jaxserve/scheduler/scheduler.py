@@ -332,8 +332,9 @@ class Scheduler:
         A prefill-only request gets none; it is returned when its last token was computed.
 
         batch: the oldest one not yet updated.
-        sampled: for each rank one token (an int) per row, in order; padding may follow, and what stands at
-            a row that does not sample is ignored, as are rows of requests finished meanwhile.
+        sampled: for each rank one token (an int) per row, in order; padding may follow, and what
+            stands at a row that does not sample is ignored, as are rows of requests finished
+            meanwhile.
         """
         assert self._in_flight and self._in_flight[0] is batch, "updates must follow the schedule"
         self._in_flight.popleft()
