@@ -4,11 +4,12 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
 from converters.demo import DEMO_MODELS, demo_model_path
 from converters.errors import CheckpointError
 from converters.gguf import GGUFCheckpoint
-from converters.hf import HFCheckpoint, read_json
+from converters.hf import HFCheckpoint, has_tokenizer, read_json
 from converters.interface import Checkpoint, Index, Progress, TensorHeader
 from converters.orbax import OrbaxCheckpoint, is_orbax_folder
 
@@ -30,10 +31,12 @@ __all__ = [
     "OPENERS",
     "Checkpoint",
     "CheckpointError",
+    "ConfigCheckpoint",
     "Index",
     "Progress",
     "TensorHeader",
     "open_checkpoint",
+    "open_config",
     "read_config",
 ]
 
@@ -62,6 +65,7 @@ HUB_IGNORED = (
     *("*/*.safetensors", "*/*.index.json", "*/*.model", "*/*.tiktoken", "tokenizer*/*"),
     *("consolidated*", "adapter_*"),
 )
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Opener = Callable[[Path, Path | None], Checkpoint]
@@ -133,6 +137,56 @@ def open_checkpoint(
         if is_format(path):
             return opener(path, cache_dir)
     raise CheckpointError(_describe_unknown(path))
+
+
+class ConfigCheckpoint:
+    """A checkpoint without weights: its config.json, and what else its folder says.
+
+    Args:
+        path: the folder, or the path of a config.json under whatever name.
+    """
+
+    canonical = False
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config: dict[str, Any] = read_json(path / "config.json" if path.is_dir() else path)
+        generation = path / "generation_config.json"
+        self.generation_config: dict[str, Any] = (
+            read_json(generation) if generation.exists() else {}
+        )
+        self.headers: Mapping[str, TensorHeader] = {}
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        return self.path if self.path.is_dir() and has_tokenizer(self.path) else None
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        raise CheckpointError(f"{self.path} was opened for its config: {name} is not read.")
+
+
+def open_config(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    download_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Open a checkpoint for everything but its weights, which need not be there.
+
+    Takes what `open_checkpoint` takes, and the path of a config.json. Of a hub model no weights are
+    fetched. Raises CheckpointError.
+    """
+    cache_dir = None if download_dir is None else Path(download_dir).expanduser()
+    path = Path(path_or_id).expanduser()
+    if path_or_id not in DEMO_MODELS and not path.exists():
+        patterns = [pattern for pattern in HUB_PATTERNS if pattern not in WEIGHT_PATTERNS]
+        path = _download_from_hub(str(path_or_id), revision, cache_dir, patterns)
+    is_file = path.is_file() and path.suffix.lower() == ".json"
+    if path_or_id not in DEMO_MODELS and (
+        is_file or (_is_hf_folder(path) and not is_orbax_folder(path))
+    ):
+        return ConfigCheckpoint(path)
+    return open_checkpoint(path_or_id, revision, download_dir, progress)
 
 
 def read_config(

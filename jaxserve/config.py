@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+LOAD_FORMATS = ("auto", "dummy")
 DEVICES = ("auto", "cpu", "tpu", "gpu")
 DEVICE_ALIASES = {"cuda": "gpu"}
 # What JAX calls the platforms; "cpu" stays available for host-side work.
@@ -65,6 +66,12 @@ class EngineConfig:
         dataclasses.MISSING,
         "hub id, Hugging Face folder, .gguf file, Orbax folder, or the word 'demo'",
         "--model",
+    )
+    load_format: str = setting(
+        "auto",
+        "auto: the checkpoint's weights; dummy: random ones, made from a config.json alone (its "
+        "path, a folder that holds it, or a hub id)",
+        choices=LOAD_FORMATS,
     )
     tokenizer_path: str | None = setting(None, "folder or hub id of the tokenizer, if elsewhere")
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
@@ -119,6 +126,7 @@ class EngineConfig:
         problems = [
             *_types_problems(self),
             *_choice_problems(self, "dtype", tuple(DTYPE_ALIASES)),
+            *_choice_problems(self, "load_format", ()),
             *_choice_problems(self, "device", tuple(DEVICE_ALIASES)),
             *_minimum_problems(
                 self,

@@ -60,7 +60,7 @@ class LLM:
     Args:
         model: hub id, HF folder, .gguf file, Orbax folder, or "demo".
         config: all settings at once; the keywords below override it.
-        dtype .. compile_cache_dir: see `EngineConfig`; None leaves the config's value.
+        load_format .. compile_cache_dir: see `EngineConfig`; None leaves the config's value.
         chat_template: jinja text, or the path of a file, that replaces the checkpoint's.
         show_progress: show loading and compiling on standard error.
 
@@ -73,6 +73,7 @@ class LLM:
         model: str,
         config: EngineConfig | None = None,
         *,
+        load_format: str | None = None,
         tokenizer_path: str | None = None,
         revision: str | None = None,
         download_dir: str | None = None,
@@ -94,6 +95,7 @@ class LLM:
         show_progress: bool = True,
     ) -> None:
         given = {
+            "load_format": load_format,
             "tokenizer_path": tokenizer_path,
             "revision": revision,
             "download_dir": download_dir,

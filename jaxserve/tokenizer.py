@@ -59,6 +59,12 @@ class TokenizerError(ValueError):
     """The tokenizer folder or the chat template cannot be used."""
 
 
+WITHOUT_TOKENIZER = (
+    "this model is served without a tokenizer, so it takes token ids only: input_ids of /generate, "
+    "token ids as the prompt of /v1/completions. For text start the server with --tokenizer-path."
+)
+
+
 class Tokenizer:
     """Encode prompts and decode tokens of one model.
 
@@ -125,6 +131,8 @@ class Tokenizer:
                 ", ".join(f"{name}={value!r}" for name, value in tokenizer.not_applied.items()),
             )
         return tokenizer
+
+    has_text = True  # of `NoTokenizer` False
 
     @property
     def has_chat_template(self) -> bool:
@@ -225,6 +233,38 @@ class Tokenizer:
             messages, chat_template=chat_template, asks_for_answer=asks_for_answer
         )
         return self.encode(text, add_special_tokens=False)
+
+
+class NoTokenizer(Tokenizer):
+    """Stands in for the tokenizer of a model that has none: token ids in and out, no text.
+
+    No token ends an answer by itself. What needs text raises InvalidRequest; decoding gives none.
+    """
+
+    has_text = False
+
+    def __init__(self) -> None:
+        self.hf = self.chat_template = self._backend = None
+        self.generation_config = {}
+        self.eos_ids = self.special_ids = frozenset()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise InvalidRequest(WITHOUT_TOKENIZER)
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        raise InvalidRequest(WITHOUT_TOKENIZER)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return ""
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        asks_for_answer: bool = True,
+    ) -> str:
+        raise InvalidRequest(WITHOUT_TOKENIZER)
 
 
 def load_chat_template(path_or_text: str) -> str:

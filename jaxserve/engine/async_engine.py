@@ -400,6 +400,12 @@ class AsyncEngine:
             raise self._unavailable()
         self.check_task("generate")
         self.check_prompt(prompt_token_ids)
+        if sampling.stop and not self.tokenizer.has_text:
+            raise InvalidRequest(
+                "stop strings are found in text, and this model is served without a tokenizer; "
+                "use stop_token_ids.",
+                field="stop",
+            )
         stream = RequestStream(
             self, prompt_token_ids, sampling, request_id, wants_updates=wants_updates
         )

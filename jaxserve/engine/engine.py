@@ -20,10 +20,11 @@ from pathlib import Path
 
 import jax
 
-from converters.checkpoint import open_checkpoint
+from converters.checkpoint import open_checkpoint, open_config
 from converters.interface import Checkpoint, Progress
 from jaxserve.config import ConfigError, EngineConfig, configure_jax, user_cache_dir
 from jaxserve.engine.compile_counter import CompileCounter
+from jaxserve.engine.dummy import dummy_params
 from jaxserve.engine.kv_cache import StepMemory, memory_budget_bytes, pages_that_fit
 from jaxserve.engine.loader import (
     build_model,
@@ -39,7 +40,7 @@ from jaxserve.engine.warmup import BackgroundCompiler, large_stack_pool
 from jaxserve.request import NO_SAMPLING, InvalidRequest, Request, SamplingParams
 from jaxserve.scheduler.buckets import Bucket, make_buckets
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import NoTokenizer, Tokenizer
 from model_defs.layers.embedding import Pooling, ScoreHead
 from model_defs.sharding import ShardingRules, make_mesh
 from pallas_kernels.ragged_paged_attention import default_page_size
@@ -165,12 +166,20 @@ class Engine:
         self.config = config
         self._closed = False
         cache_dir = config.download_dir or user_cache_dir()
-        checkpoint = open_checkpoint(config.model_path, config.revision, cache_dir, progress)
+        is_dummy = config.load_format == "dummy"
+        opener = open_config if is_dummy else open_checkpoint
+        checkpoint = opener(config.model_path, config.revision, cache_dir, progress)
         self._build(checkpoint)
         with large_stack_pool(1) as pool:  # the compiler needs no weights: both at once
             sized = pool.submit(self._size_pool, progress)
-            self._tokenizer = load_tokenizer(config, checkpoint) if needs_tokenizer else None
-            self.runner.params = load_params(self.runner.model, checkpoint, progress, self._family)
+            self.tokenizer = (
+                load_tokenizer(config, checkpoint) if needs_tokenizer else NoTokenizer()
+            )
+            self.runner.params = (
+                dummy_params(self.runner.model, config.random_seed, progress)
+                if is_dummy
+                else load_params(self.runner.model, checkpoint, progress, self._family)
+            )
             if self._guess_pages() == self._max_pages:  # clearing memory takes a while: now
                 self.runner.allocate(self._max_pages)
             self._start_serving(*sized.result(), progress)
@@ -376,7 +385,7 @@ class Engine:
             tokens=list(prompt_token_ids),
             num_prompt=len(prompt_token_ids),
             sampling=sampling or NO_SAMPLING,
-            eos_ids=frozenset() if self._tokenizer is None else self._tokenizer.eos_ids,
+            eos_ids=self.tokenizer.eos_ids,
             seed=self._seed_of(sampling),
             prefill_only=sampling is None,
         )
@@ -441,11 +450,6 @@ class Engine:
             self.compiles.reset()
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        assert self._tokenizer is not None, "this engine was built with needs_tokenizer=False"
-        return self._tokenizer
-
-    @property
     def is_warm(self) -> bool:
         """Every bucket is compiled."""
         return self._compiler.is_done
@@ -491,7 +495,8 @@ class Engine:
 def load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:
     """Load the tokenizer that the config names, else the checkpoint's own.
 
-    Raises ConfigError where there is none, TokenizerError where it cannot be used.
+    Raises ConfigError where there is none (random weights go without), TokenizerError where it
+    cannot be used.
     """
     folder = checkpoint.tokenizer_dir
     if config.tokenizer_path is not None:
@@ -500,6 +505,8 @@ def load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:
             cache_dir = config.download_dir or user_cache_dir()
             folder = open_checkpoint(config.tokenizer_path, None, cache_dir).tokenizer_dir
     if folder is None:
+        if config.load_format == "dummy" and config.tokenizer_path is None:
+            return NoTokenizer()
         raise ConfigError(
             f"{config.model_path} holds no tokenizer. Name a folder or hub id that does with "
             f"--tokenizer-path."

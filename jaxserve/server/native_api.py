@@ -20,7 +20,7 @@ from jaxserve.server.service import Job, Service, new_id, read_body
 from jaxserve.server.streaming import DONE, EventStream, answer, event, merge
 from jaxserve.version import __version__
 
-HEALTH_PROMPT = "Hello"
+HEALTH_PROMPT, HEALTH_TOKEN = "Hello", 0
 
 
 def native_router(service: Service) -> APIRouter:
@@ -58,7 +58,8 @@ def native_router(service: Service) -> APIRouter:
 
     @router.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        prompt = engine.tokenizer.encode(HEALTH_PROMPT)
+        tokenizer = engine.tokenizer
+        prompt = tokenizer.encode(HEALTH_PROMPT) if tokenizer.has_text else [HEALTH_TOKEN]
         if engine.model_info.task != "generate":
             return await answer(request, _one_text(service, prompt))
         sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
