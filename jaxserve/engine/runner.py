@@ -18,6 +18,7 @@ import numpy as np
 from jaxserve.engine.compile_counter import num_fresh_compiles
 from jaxserve.engine.kv_cache import StepMemory, allocate, bytes_per_device, cache_structs
 from jaxserve.engine.loader import Model
+from jaxserve.engine.mappings import require_mappings
 from jaxserve.engine.step import (
     ON_DEVICE,
     SAMPLES,
@@ -108,7 +109,13 @@ class Runner:
         )
 
     def compile(self, bucket: Bucket, num_pages: int) -> tuple[jax.stages.Compiled, StepMemory]:
-        """Load one bucket's step from the store, else compile it; several threads may call this."""
+        """Load one bucket's step from the store, else compile it; several threads may call this.
+
+        Raises:
+            TooManyMappings: on a CPU, when this process cannot hold another step.
+        """
+        if self._devices[0].platform == "cpu":
+            require_mappings()
         start_s = time.perf_counter()
         key = None if self._store is None else self._step_key(bucket, num_pages)
         compiled = None if key is None else self._load(key, num_pages)
