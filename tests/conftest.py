@@ -6,6 +6,8 @@ The environment is set before anything imports JAX, and subprocesses inherit it.
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import json
 import os
 import re
@@ -32,6 +34,7 @@ import tokenizers  # noqa: E402
 
 from converters.demo import demo_model_path  # noqa: E402
 from converters.errors import CheckpointError  # noqa: E402
+from jaxserve.engine.mappings import max_mappings, num_mappings  # noqa: E402
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -106,6 +109,25 @@ def byte_letters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
+
+
+# ---- compiled programs -----------------------------------------------------------------------
+
+TESTS_PER_LOOK = 16
+_tests_done = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Drop compiled programs before their memory mappings reach the system's limit.
+
+    JAX keeps every program that a test compiles. Two thousand tests of models in one process make
+    three times the mappings it may have, and there XLA crashes: see jaxserve/engine/mappings.py.
+    """
+    if next(_tests_done) % TESTS_PER_LOOK == 0:
+        limit = max_mappings()
+        if limit is not None and num_mappings() > limit // 4:
+            jax.clear_caches()
+            gc.collect()
 
 
 # ---- devices and real weights ----------------------------------------------------------------

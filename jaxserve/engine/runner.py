@@ -18,6 +18,7 @@ import numpy as np
 from jaxserve.engine.compile_counter import num_fresh_compiles
 from jaxserve.engine.kv_cache import StepMemory, allocate, bytes_per_device, cache_structs
 from jaxserve.engine.loader import Model
+from jaxserve.engine.mappings import require_mappings
 from jaxserve.engine.packing import SlotColumns, fill_rank
 from jaxserve.engine.step import RowState, StepLayout, forward_and_read, forward_and_sample
 from jaxserve.engine.step_store import StepStore, step_key
@@ -99,7 +100,13 @@ class Runner:
         return step.lower(model.params, caches, state, packed)
 
     def compile(self, bucket: Bucket, num_pages: int) -> tuple[jax.stages.Compiled, StepMemory]:
-        """Load one bucket's step from the store, else compile it; several threads may call this."""
+        """Load one bucket's step from the store, else compile it; several threads may call this.
+
+        Raises:
+            TooManyMappings: on a CPU, when this process cannot hold another step.
+        """
+        if self._devices[0].platform == "cpu":
+            require_mappings()
         start_s = time.perf_counter()
         key = None if self._store is None else self._step_key(bucket, num_pages)
         compiled = None if key is None else self._load(key, num_pages)

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from converters.interface import Progress
 from jaxserve.engine.kv_cache import StepMemory
+from jaxserve.engine.mappings import TooManyMappings
 from jaxserve.engine.runner import Runner
 from jaxserve.scheduler.buckets import Bucket
 
@@ -77,18 +78,22 @@ class BackgroundCompiler:
             return
         try:
             compiled, memory = self._runner.compile(bucket, self._runner.num_pages)
+        except TooManyMappings as error:
+            logger.warning("the step for %s is left out: %s", bucket, error)
         except BaseException as error:
             self.error = error
             logger.exception("compiling %s failed; larger buckets serve instead", bucket)
             return
-        if self._fits(memory):
-            self._on_ready(bucket, compiled)
         else:
-            logger.warning(
-                "the step for %s is left out: beside the pool it needs %.2f GiB, over the limit",
-                bucket,
-                memory.fixed / 2**30,
-            )
+            if self._fits(memory):
+                self._on_ready(bucket, compiled)
+            else:
+                logger.warning(
+                    "the step for %s is left out: beside the pool it needs %.2f GiB, over the "
+                    "limit",
+                    bucket,
+                    memory.fixed / 2**30,
+                )
         with self._lock:
             self.done += 1
             done = self.done
