@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from model_defs.registry import Family, family_of, list_families
+
+from .cases import CASES, Case, golden_case, live_case
 
 CONFIGS = Path(__file__).resolve().parents[1] / "data" / "configs"
 HERE = Path(__file__).parent
@@ -67,6 +71,22 @@ def is_about(item: pytest.Item, model: str, family: Family) -> bool:
             registered = family_of(json.loads((which / "config.json").read_text()))
         return registered is family
     return values.get("family") is family
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
+    """Each checkpoint in turn; what was compiled for it is dropped with it.
+
+    Every compiled program holds some 400 memory mappings, of which a process may have 65,530.
+    """
+    family, which = request.param
+    if family is None:
+        yield golden_case(which)
+    else:
+        yield live_case(family, which, tmp_path_factory.mktemp(family.name))
+    jax.clear_caches()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -135,7 +134,7 @@ class Session:
         sharding = rules.sharding(*cache_axes())
         self.caches = tuple(
             jax.device_put(
-                jnp.full(
+                np.full(
                     cache_shape(
                         per_rank * ranks,
                         PAGE_SIZE,
@@ -182,12 +181,13 @@ class Session:
 
     def _real(self, logits: jax.Array) -> np.ndarray:
         """Cut off the places that sharding added to the vocabulary; they are never chosen."""
+        on_host = np.asarray(logits)  # first: every operation on a sharded array is compiled
         if self.model.spec.task != "generate":
-            return np.asarray(logits)
+            return on_host
         vocab = self.model.spec.vocab
-        if not np.all(np.isneginf(logits[:, vocab:])):
+        if not np.all(np.isneginf(on_host[:, vocab:])):
             raise AssertionError("a place added to the vocabulary has a score")
-        return np.asarray(logits[:, :vocab])
+        return on_host[:, :vocab]
 
     def _block(
         self, work: Mapping[int, Sequence[int]], rows: Sequence[int]
