@@ -91,7 +91,7 @@ def test_buckets_beyond_the_limit_are_done_without(
     with caplog.at_level(logging.WARNING):
         driver = make_driver(model)
         driver.engine.wait_until_warm()
-    assert "the step for 1x1 is left out: no further step" in caplog.text
+    assert "the step for 1x1 decode is left out: no further step" in caplog.text
     assert driver.engine.is_warm
     prompt = random_prompt(40)
     assert driver.run((prompt, greedy(6))) == [model.greedy(prompt, 6)]
