@@ -1,1 +1,1 @@
-"""Benchmarks a user can run: `jaxserve bench throughput`, `jaxserve bench step`."""
+"""Benchmarks a user can run: `jaxserve bench KIND`; see command.py."""

@@ -6,15 +6,21 @@ import argparse
 import statistics
 import time
 
+from jaxserve.bench import report
 from jaxserve.config import EngineConfig, from_args
 from jaxserve.engine.engine import Engine
 from jaxserve.log import ProgressDisplay
 from jaxserve.request import SamplingParams
 
 
-def run(args: argparse.Namespace) -> list[dict[str, object]]:
+def run(args: argparse.Namespace) -> int:
     """`jaxserve bench step`."""
-    return measure_steps(from_args(EngineConfig, args), args.rows, args.context, args.repeats)
+    config = from_args(EngineConfig, args)
+    results = measure_steps(config, args.rows, args.context, args.repeats)
+    for result in results:
+        report.json_line(result)
+    report.table(results)
+    return 0
 
 
 def measure_steps(

@@ -459,6 +459,15 @@ class Engine:
         self._compiler.wait()
         self._take_compiled()
 
+    def run_every_bucket(self, times: int) -> None:
+        """Run each bucket without any row, so that its first run is not a request's.
+
+        Call it from the stepping thread.
+        """
+        for bucket in self.runner.buckets:
+            for _ in range(times):
+                self.runner.run_empty(bucket)
+
     @property
     def model_info(self) -> ModelInfo:
         return ModelInfo(

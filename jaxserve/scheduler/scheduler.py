@@ -63,6 +63,7 @@ class SchedulerStats:
     num_free_pages: int
     total_steps: int
     total_tokens: int  # computed by these steps, padding not counted
+    total_bucket_tokens: int  # the same with padding
     total_preempted: int
 
 
@@ -198,6 +199,7 @@ class Scheduler:
         self._num_arrived = 0
         self._total_steps = 0
         self._total_tokens = 0
+        self._total_bucket_tokens = 0
         self._total_preempted = 0
         self.set_buckets(buckets)
 
@@ -215,6 +217,7 @@ class Scheduler:
             num_free_pages=sum(rank.pool.num_free for rank in self._ranks),
             total_steps=self._total_steps,
             total_tokens=self._total_tokens,
+            total_bucket_tokens=self._total_bucket_tokens,
             total_preempted=self._total_preempted,
         )
 
@@ -326,6 +329,7 @@ class Scheduler:
         self._in_flight.append(batch)
         self._total_steps += 1
         self._total_tokens += sum(num_tokens)
+        self._total_bucket_tokens += bucket.tokens * len(ranks)
         return batch
 
     def update(self, batch: Batch, sampled: Sequence[Sequence[int]]) -> list[Request]:

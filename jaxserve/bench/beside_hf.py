@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jaxserve.bench import report
 from jaxserve.config import EngineConfig, from_args
 from jaxserve.engine.engine import Engine
 from jaxserve.log import ProgressDisplay
@@ -45,32 +46,29 @@ def cases(output_tokens: int) -> tuple[Case, ...]:
     )
 
 
-def run(args: argparse.Namespace) -> list[dict[str, object]]:
-    """`jaxserve bench throughput`."""
-    return measure_throughput(
-        from_args(EngineConfig, args),
-        with_hf=args.hf,
-        repeats=args.repeats,
-        output_tokens=args.output_tokens,
-    )
+def run(args: argparse.Namespace) -> int:
+    """`jaxserve bench throughput --hf`."""
+    config = from_args(EngineConfig, args)
+    results = measure(config, repeats=args.repeats, output_tokens=args.output_tokens)
+    for result in results:
+        report.json_line(result)
+    report.table(results)
+    return 0
 
 
-def measure_throughput(
-    config: EngineConfig, *, with_hf: bool, repeats: int, output_tokens: int
-) -> list[dict[str, object]]:
-    """Median tokens/s of every case, and the ratio to transformers where asked."""
+def measure(config: EngineConfig, *, repeats: int, output_tokens: int) -> list[dict[str, object]]:
+    """Median tokens/s of every case, and the ratio to transformers."""
     with ProgressDisplay() as progress:
         engine = Engine(config, progress=progress)
         engine.wait_until_warm()
         runners: dict[str, Callable[[Case, list[list[int]]], float]] = {
             "jaxserve": lambda case, prompts: _time_engine(engine, case, prompts)
         }
-        if with_hf:
-            reference = importlib.import_module("jaxserve.hf_reference")  # it loads torch
-            timer = reference.HFTimer(
-                config.model_path, revision=config.revision, download_dir=config.download_dir
-            )
-            runners["transformers"] = lambda case, prompts: timer.seconds(prompts, case.output)
+        reference = importlib.import_module("jaxserve.hf_reference")  # it loads torch
+        timer = reference.HFTimer(
+            config.model_path, revision=config.revision, download_dir=config.download_dir
+        )
+        runners["transformers"] = lambda case, prompts: timer.seconds(prompts, case.output)
         results = []
         draw = random.Random(0)
         vocab = engine.model_info.vocab_size
@@ -99,8 +97,7 @@ def _result(case: Case, seconds: dict[str, list[float]]) -> dict[str, object]:
         "output": case.output,
     }
     result |= {f"{name} tok/s": round(value, 2) for name, value in speed.items()}
-    if "transformers" in speed:
-        result["ratio"] = round(speed["jaxserve"] / speed["transformers"], 2)
+    result["ratio"] = round(speed["jaxserve"] / speed["transformers"], 2)
     return result
 
 
