@@ -136,19 +136,22 @@ def _check(
     if v is not None:
         v_head_dim = v.shape[2] if v_head_dim is None else v_head_dim
     page_size = max(1, page_size_of(cache, head_dim, v_head_dim))
-    wanted_cache = cache_shape(
-        num_pages_of(cache),
-        page_size,
-        num_kv_heads,
-        head_dim,
-        v_head_dim,
-        cache.dtype,
-        shared_kv=shared_kv,
-        platform="cpu" if cache.ndim == TOKEN_MINOR_RANK else "accelerator",
-    )
+    cache_shapes = [
+        cache_shape(
+            num_pages_of(cache),
+            page_size,
+            num_kv_heads,
+            head_dim,
+            v_head_dim,
+            cache.dtype,
+            shared_kv=shared_kv,
+            platform=platform,
+        )
+        for platform in (("cpu",) if cache.ndim == TOKEN_MINOR_RANK else ("gpu", "tpu"))
+    ]
     wanted = {
         "k": (k.shape, (num_tokens, num_kv_heads, head_dim)),
-        "cache": (cache.shape, wanted_cache),
+        "cache": (cache.shape, cache.shape if cache.shape in cache_shapes else cache_shapes[0]),
         "kv_lens": (kv_lens.shape, (num_rows,)),
         "page_table": (page_table.shape, (num_rows, *page_table.shape[1:2])),
         "query_starts": (query_starts.shape, (num_rows + 1,)),
