@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention import reference, tpu, xla
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     TOKEN_MINOR_RANK,
+    TPU_LANES,
     cache_axes,
     cache_shape,
     num_pages_of,
@@ -76,7 +77,7 @@ def ragged_paged_attention(
     block_sparse, block_offsets: i32[N]; head n sees the keys that `block_sparse` shows with its
       offset block_offsets[n], out of those that causality and `window` leave. Per-head arguments
       are local inside `jax.shard_map`: split them like the heads of q.
-    implementation: "xla" or "reference"; None lets the platform lowered for decide.
+    implementation: "tpu", "xla" or "reference"; None lets the platform lowered for decide.
 
     Unused pages and slots may hold anything, NaN included. Works on local shapes inside
     `jax.shard_map`. Returns out [T, N, Hv] in q's dtype and the new cache.
@@ -100,7 +101,15 @@ def ragged_paged_attention(
         "block_sparse": block_sparse,
         "v_head_dim": v_head_dim if v is None else v.shape[2],
     }
+    # Others would be traced, only to refuse: most of a warm start is tracing.
+    laid_out_for_tpu = cache.ndim != TOKEN_MINOR_RANK and cache.shape[-1] % TPU_LANES == 0
     implementations = (
+        Implementation(
+            "tpu",
+            partial(tpu.ragged_paged_attention, **options),
+            platforms=("tpu",),
+            automatic=laid_out_for_tpu,
+        ),
         Implementation("xla", partial(xla.ragged_paged_attention, **options)),
         Implementation(
             "reference", partial(reference.ragged_paged_attention, **options), automatic=False

@@ -21,7 +21,8 @@ arXiv:2405.04434), a page keeps the keys alone, H numbers a token and nothing el
 
     cache[page, head, s] as [H]:  key of slot s; its value is [:Hv]
 
-(again in whole tiles on a TPU). Functions here are told so by `shared_kv`, or by a `v` that is None.
+(again in whole tiles on a TPU). Functions here are told so by `shared_kv`, or by a `v` that is
+None.
 """
 
 import jax
@@ -51,10 +52,13 @@ def cache_shape(
     del dtype  # No layout here depends on the element size.
     if platform == "cpu" and not shared_kv:
         return (2 * num_pages, num_kv_heads, page_size * max(head_dim, v_head_dim))
-    width = head_dim if shared_kv else head_dim + v_head_dim
-    if platform == "tpu":
-        width = -(-width // TPU_LANES) * TPU_LANES
+    width = _row_width(head_dim if shared_kv else head_dim + v_head_dim, platform)
     return (num_pages, num_kv_heads, page_size, width)
+
+
+def _row_width(width: int, platform: str) -> int:
+    """Numbers that `platform` keeps for a slot of `width`."""
+    return -(-width // TPU_LANES) * TPU_LANES if platform == "tpu" else width
 
 
 def cache_axes() -> tuple[str | None, ...]:
@@ -78,7 +82,9 @@ def pack_cache(keys: jax.Array, values: jax.Array | None, *, platform: str = "cp
     """Make a cache of keys [num_pages, K, page_size, H] and values [.., Hv], or None if shared."""
     if values is None or platform != "cpu":
         both = keys if values is None else jnp.concatenate([keys, values], -1)
-        return _widened(both, -(-both.shape[-1] // TPU_LANES) * TPU_LANES if platform == "tpu" else 0)
+        return _widened(
+            both, -(-both.shape[-1] // TPU_LANES) * TPU_LANES if platform == "tpu" else 0
+        )
     width = max(keys.shape[-1], values.shape[-1])
     slabs = jnp.stack(
         [
@@ -104,8 +110,8 @@ def unpack_cache(
 
 
 def _widened(x: jax.Array, width: int) -> jax.Array:
-    """Zeros behind the last axis of x up to `width`, where that is more than x has."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(0, width - x.shape[-1]))])
+    """Zeros behind the last axis of x up to `width`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def token_rows(

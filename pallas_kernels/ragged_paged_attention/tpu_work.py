@@ -91,9 +91,9 @@ def write_list(
 ) -> tuple[jax.Array, jax.Array]:
     """Writes i32[num_writes * WRITE_FIELDS], and how many of them count, i32[1].
 
-        PAGE, SLOT: the page, and the first slot of the tile in it
-        SOURCE: the token that belongs into that slot, plus `tile`: never negative
-        BEGIN, END: the slots of the tile that are written, [BEGIN, END)
+    PAGE, SLOT: the page, and the first slot of the tile in it
+    SOURCE: the token that belongs into that slot, plus `tile`: never negative
+    BEGIN, END: the slots of the tile that are written, [BEGIN, END)
     """
     starts, ends, is_live = _rows(query_starts, distribution)
     shift = kv_lens - ends

@@ -389,7 +389,7 @@ def test_wrong_shapes_are_all_named():
         BlockSparse(1, 0, 1)
     with pytest.raises(ValueError, match="window is 0"):
         ragged_paged_attention(*SMALL.arguments(), scale=1, window=0)
-    with pytest.raises(ValueError, match="choose one of: xla, reference"):
+    with pytest.raises(ValueError, match="choose one of: tpu, xla, reference"):
         ragged_paged_attention(*SMALL.arguments(), scale=1, implementation="magic")
 
 
