@@ -130,7 +130,7 @@ def test_a_row_reads_what_another_row_writes_in_the_same_step():
 
 @pytest.mark.parametrize("spec", REFUSED, ids=lambda spec: spec.name)
 def test_what_the_tpu_kernel_cannot_do_is_refused(spec):
-    with pytest.raises(NotImplementedError, match="float16: use bfloat16|block-sparse masks"):
+    with pytest.raises(NotImplementedError, match=r"float16: use bfloat16|block-sparse masks"):
         run_tpu(spec, spec.arguments(platform="tpu"))
 
 
