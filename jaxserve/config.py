@@ -277,6 +277,19 @@ def compile_environment() -> list[tuple[str, str]]:
     return sorted(item for item in os.environ.items() if item[0].startswith(COMPILE_VARIABLES))
 
 
+def configure_topologies() -> None:
+    """Let JAX run on the CPU, and libtpu compile for TPUs that are not there.
+
+    libtpu then asks no cloud host what it runs on, and other processes may do the same meanwhile.
+    Call it before JAX starts.
+    """
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def configure_jax(config: EngineConfig) -> None:
     """Apply platform, virtual device count and compile cache to JAX; safe to call again.
 
