@@ -43,6 +43,7 @@ COMMANDS = types.MappingProxyType(
         "verify": Command("jaxserve.verify", "compare logits and text with a reference"),
         "bench": Command("jaxserve.bench.command", "measure throughput or one step"),
         "show": Command("jaxserve.show", "print a model's layers as a table"),
+        "roofline": Command("jaxserve.roofline", "the least time a step can take on TPUs"),
         "models": Command(
             "jaxserve.show",
             "list the architectures that can be served",

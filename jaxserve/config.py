@@ -27,6 +27,16 @@ COMPILE_VARIABLES = (
     *("XLA_", "JAX_", "LIBTPU_", "TPU_", "TF_", "CUDA_", "NVIDIA_", "HIP_", "ROCM_", "MOSAIC_"),
     *("TRITON_", "PALLAS_", "NCCL_", "LLVM_", "OMP_", "KMP_", "LD_LIBRARY_PATH", "LD_PRELOAD"),
 )
+# For a libtpu that only compiles.
+LIBTPU_COMPILES = types.MappingProxyType(
+    {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # What it would ask the cloud host for; the topology to compile for is named apart.
+        "TPU_ACCELERATOR_TYPE": "v6e-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+)
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 ConfigT = TypeVar("ConfigT", "EngineConfig", "ServerConfig")
@@ -283,6 +293,19 @@ def compile_cache_folder(config: EngineConfig) -> Path | None:
 def compile_environment() -> list[tuple[str, str]]:
     """Return the environment variables that XLA, its backends and JAX may read, sorted."""
     return sorted(item for item in os.environ.items() if item[0].startswith(COMPILE_VARIABLES))
+
+
+def configure_topologies() -> None:
+    """Let JAX run on the CPU, and libtpu compile for TPUs that are not there.
+
+    libtpu then asks no cloud host what it runs on, and other processes may do the same meanwhile.
+    Call it before JAX starts.
+    """
+    for name, value in LIBTPU_COMPILES.items():
+        os.environ.setdefault(name, value)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def configure_jax(config: EngineConfig) -> None:

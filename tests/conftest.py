@@ -23,6 +23,8 @@ if "jax" in sys.modules:
 os.environ["JAX_NUM_CPU_DEVICES"] = str(NUM_DEVICES)
 if os.environ.get("JAXSERVE_TEST_DEVICE", "cpu") == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # libtpu only compiles here: it need not ask which TPU it runs on, nor be alone.
+    os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(COMPILE_CACHE_BYTES)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"  # the rest is not worth a file
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.ragged_paged_attention import gpu, reference, xla
+from pallas_kernels.ragged_paged_attention import gpu, reference, tpu, xla
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     TOKEN_MINOR_RANK,
+    TPU_LANES,
     cache_axes,
     cache_shape,
     num_pages_of,
@@ -80,7 +81,7 @@ def ragged_paged_attention(
       are local inside `jax.shard_map`: split them like the heads of q.
     decode_only: a promise that i = k, every live row has one token; saves work where it is known.
     device_kind: as JAX names the device, for block sizes that were measured there.
-    implementation: "gpu", "xla" or "reference"; None lets the platform lowered for decide.
+    implementation: "gpu", "tpu", "xla" or "reference"; None lets the platform lowered for decide.
 
     Unused pages and slots may hold anything, NaN included. Works on local shapes inside
     `jax.shard_map`. Returns out [T, N, Hv] in q's dtype and the new cache.
@@ -104,6 +105,8 @@ def ragged_paged_attention(
         "block_sparse": block_sparse,
         "v_head_dim": v_head_dim if v is None else v.shape[2],
     }
+    # Others would be traced, only to refuse: most of a warm start is tracing.
+    laid_out_for_tpu = cache.ndim != TOKEN_MINOR_RANK and cache.shape[-1] % TPU_LANES == 0
     implementations = (
         Implementation(
             "gpu",
@@ -114,6 +117,13 @@ def ragged_paged_attention(
                 device_kind=device_kind,
             ),
             platforms=("cuda", "rocm"),
+            automatic=cache.ndim != TOKEN_MINOR_RANK,
+        ),
+        Implementation(
+            "tpu",
+            partial(tpu.ragged_paged_attention, **options),
+            platforms=("tpu",),
+            automatic=laid_out_for_tpu,
         ),
         Implementation(
             "xla", partial(xla.ragged_paged_attention, **options, decode_only=decode_only)
@@ -152,19 +162,22 @@ def _check(
     if v is not None:
         v_head_dim = v.shape[2] if v_head_dim is None else v_head_dim
     page_size = max(1, page_size_of(cache, head_dim, v_head_dim))
-    wanted_cache = cache_shape(
-        num_pages_of(cache),
-        page_size,
-        num_kv_heads,
-        head_dim,
-        v_head_dim,
-        cache.dtype,
-        shared_kv=shared_kv,
-        platform="cpu" if cache.ndim == TOKEN_MINOR_RANK else "accelerator",
-    )
+    cache_shapes = [
+        cache_shape(
+            num_pages_of(cache),
+            page_size,
+            num_kv_heads,
+            head_dim,
+            v_head_dim,
+            cache.dtype,
+            shared_kv=shared_kv,
+            platform=platform,
+        )
+        for platform in (("cpu",) if cache.ndim == TOKEN_MINOR_RANK else ("gpu", "tpu"))
+    ]
     wanted = {
         "k": (k.shape, (num_tokens, num_kv_heads, head_dim)),
-        "cache": (cache.shape, wanted_cache),
+        "cache": (cache.shape, cache.shape if cache.shape in cache_shapes else cache_shapes[0]),
         "kv_lens": (kv_lens.shape, (num_rows,)),
         "page_table": (page_table.shape, (num_rows, *page_table.shape[1:2])),
         "query_starts": (query_starts.shape, (num_rows + 1,)),

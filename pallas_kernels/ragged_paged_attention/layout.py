@@ -10,20 +10,26 @@ of keys and a slab of values, each page_size * D elements with D = max(H, Hv):
 Accelerators keep a token's key and value side by side, so that one copy fetches a page of a head,
 and rows of 64 numbers do not waste half of a TPU's 128 lanes:
 
-    cache[page, head, s] as [H + Hv]:  key of slot s is [:H], its value [H:]
+    cache[page, head, s] as [H + Hv]:  key of slot s is [:H], its value [H : H + Hv]
+
+TPUs store rows in tiles of 128 numbers whatever a shape says. There the padding is part of the
+shape, so that copies are of whole tiles and memory is counted as it is used; what is written to a
+slot writes zeros to its padding.
 
 Where values are the first Hv numbers of their key (multi-head latent attention, DeepSeek-AI 2024,
 arXiv:2405.04434), a page keeps the keys alone, H numbers a token and nothing else, on any device:
 
     cache[page, head, s] as [H]:  key of slot s; its value is [:Hv]
 
-Functions here are told so by `shared_kv`, or by a `v` that is None.
+(again in whole tiles on a TPU). Functions here are told so by `shared_kv`, or by a `v` that is
+None.
 """
 
 import jax
 import jax.numpy as jnp
 
 TOKEN_MINOR_RANK = 3  # of a cache as CPUs keep it; every other has rank 4
+TPU_LANES = 128
 
 
 def cache_shape(
@@ -41,13 +47,18 @@ def cache_shape(
 
     CPU: [2 num_pages, K, page_size * max(H, Hv)]; else [num_pages, K, page_size, H + Hv].
     shared_kv: values are the first v_head_dim numbers of their key: [num_pages, K, page_size, H].
+    TPU: the last size is rounded up to a multiple of 128.
     """
     del dtype  # No layout here depends on the element size.
-    if shared_kv:
-        return (num_pages, num_kv_heads, page_size, head_dim)
-    if platform == "cpu":
+    if platform == "cpu" and not shared_kv:
         return (2 * num_pages, num_kv_heads, page_size * max(head_dim, v_head_dim))
-    return (num_pages, num_kv_heads, page_size, head_dim + v_head_dim)
+    width = _row_width(head_dim if shared_kv else head_dim + v_head_dim, platform)
+    return (num_pages, num_kv_heads, page_size, width)
+
+
+def _row_width(width: int, platform: str) -> int:
+    """Numbers that `platform` keeps for a slot of `width`."""
+    return -(-width // TPU_LANES) * TPU_LANES if platform == "tpu" else width
 
 
 def cache_axes() -> tuple[str | None, ...]:
@@ -69,10 +80,11 @@ def num_pages_of(cache: jax.Array) -> int:
 
 def pack_cache(keys: jax.Array, values: jax.Array | None, *, platform: str = "cpu") -> jax.Array:
     """Make a cache of keys [num_pages, K, page_size, H] and values [.., Hv], or None if shared."""
-    if values is None:
-        return keys
-    if platform != "cpu":
-        return jnp.concatenate([keys, values], -1)
+    if values is None or platform != "cpu":
+        both = keys if values is None else jnp.concatenate([keys, values], -1)
+        return _widened(
+            both, -(-both.shape[-1] // TPU_LANES) * TPU_LANES if platform == "tpu" else 0
+        )
     width = max(keys.shape[-1], values.shape[-1])
     slabs = jnp.stack(
         [
@@ -89,12 +101,12 @@ def unpack_cache(
 ) -> tuple[jax.Array, jax.Array]:
     """Keys [num_pages, K, page_size, H] and values [num_pages, K, page_size, Hv] of a cache."""
     if shared_kv:
-        return cache, cache[..., :v_head_dim]
+        return cache[..., :head_dim], cache[..., :v_head_dim]
     if cache.ndim == TOKEN_MINOR_RANK:
         slabs = read_slabs(cache, jnp.arange(num_pages_of(cache)), head_dim, v_head_dim)
         keys, values = shape_slabs(*slabs, head_dim, v_head_dim)
         return keys.swapaxes(-1, -2), values
-    return cache[..., :head_dim], cache[..., head_dim:]
+    return cache[..., :head_dim], cache[..., head_dim : head_dim + v_head_dim]
 
 
 def _widened(x: jax.Array, width: int) -> jax.Array:
@@ -145,7 +157,7 @@ def write_tokens(
         v = None if v is None else jnp.concatenate([v, v])
 
     if cache.ndim != TOKEN_MINOR_RANK:
-        kv = k if v is None else jnp.concatenate([k, v], -1)
+        kv = _widened(k if v is None else jnp.concatenate([k, v], -1), cache.shape[3])
         return cache.at[pages, :, slots].set(
             kv.astype(cache.dtype), mode="drop", unique_indices=True
         )
@@ -170,13 +182,13 @@ def read_slabs(
         return cache.at[2 * pages].get(mode="clip"), cache.at[2 * pages + 1].get(mode="clip")
     both, width = cache.at[pages].get(mode="clip"), max(head_dim, v_head_dim)
     keys = _widened(both[..., :head_dim], width).swapaxes(-1, -2)
-    values = _widened(both[..., head_dim:], width)
+    values = _widened(both[..., head_dim : head_dim + v_head_dim], width)
     return keys.reshape(*keys.shape[:-2], -1), values.reshape(*values.shape[:-2], -1)
 
 
-def read_shared(cache: jax.Array, pages: jax.Array) -> jax.Array:
+def read_shared(cache: jax.Array, pages: jax.Array, head_dim: int) -> jax.Array:
     """Keys of `pages` i32[..] of a shared cache, [.., K, page_size, H]; see read_slabs."""
-    return cache.at[pages].get(mode="clip")
+    return cache.at[pages].get(mode="clip")[..., :head_dim]
 
 
 def shape_slabs(

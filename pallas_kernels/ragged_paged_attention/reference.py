@@ -45,7 +45,7 @@ def ragged_paged_attention(
     def attend(token):
         query, row, position, live = token
         if v is None:
-            keys = read_shared(cache, page_table[row]).swapaxes(1, 2)
+            keys = read_shared(cache, page_table[row], head_dim).swapaxes(1, 2)
             keys = keys.reshape(-1, num_kv_heads, head_dim)
             values = keys[..., :v_head_dim]
         else:

@@ -400,7 +400,7 @@ def _load(
     weight of zero does not silence a NaN. Keys that hold their values are not scaled.
     """
     if score.shared_kv:
-        keys = read_shared(cache, pages)
+        keys = read_shared(cache, pages, head_dim)
         counts = jnp.arange(keys.shape[2], dtype=jnp.int32) < known[:, None]
         keys = jnp.where(counts[:, None, :, None], keys.astype(jnp.float32), 0.0)
         return keys.swapaxes(2, 3), keys[..., :v_head_dim]

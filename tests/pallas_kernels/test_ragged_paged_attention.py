@@ -95,7 +95,7 @@ def random_rows(rng: np.random.Generator, tokens: int, slots: int, max_kv: int):
     return tuple(rows)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=NAMES)
 def test_xla_equals_reference_in_every_layout(spec, platform):
     arguments = spec.arguments(platform=platform)
@@ -304,7 +304,7 @@ def test_tile_sizes_never_exceed_the_bucket():
 
 
 @pytest.mark.parametrize("shared_kv", [False, True], ids=["", "shared_kv"])
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("tokens", [1, 8, 64])
 def test_a_donated_cache_is_updated_in_place(tokens, platform, shared_kv):
     rows = ((tokens, tokens + 3),)
@@ -389,7 +389,7 @@ def test_wrong_shapes_are_all_named():
         BlockSparse(1, 0, 1)
     with pytest.raises(ValueError, match="window is 0"):
         ragged_paged_attention(*SMALL.arguments(), scale=1, window=0)
-    with pytest.raises(ValueError, match="choose one of: xla, reference"):
+    with pytest.raises(ValueError, match="choose one of: tpu, xla, reference"):
         ragged_paged_attention(*SMALL.arguments(), scale=1, implementation="magic")
 
 
