@@ -25,6 +25,7 @@ from model_defs.layers.mla import MLA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE
 from model_defs.layers.norm import Norm
+from model_defs.layers.rope import Rope
 from model_defs.sharding import DATA, Axis
 
 
@@ -107,6 +108,12 @@ class DecoderSpec:
         if isinstance(self.head, ScoreHead):
             return "score"
         return "embed" if isinstance(self.head, Pooling) else "generate"
+
+    @property
+    def grows(self) -> bool:
+        """Whether requests may be longer than `max_length`: every rope stretches with them."""
+        ropes = [layer.mixer.position for layer in self.layers]
+        return all(isinstance(rope, Rope) and rope.grows for rope in ropes)
 
     @classmethod
     def from_hf(

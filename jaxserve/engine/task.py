@@ -21,7 +21,8 @@ def family_and_spec(config: EngineConfig, checkpoint: Checkpoint) -> tuple[Famil
     """What to serve a checkpoint as: its family, under another head with --is-embedding.
 
     How token states become one vector is the checkpoint's to say, in the files that
-    sentence-transformers writes.
+    sentence-transformers writes. A model whose ropes stretch with the request takes any
+    --context-length.
     """
     family = family_of(checkpoint.config)
     if family.task == "generate" and config.is_embedding:
@@ -35,6 +36,9 @@ def family_and_spec(config: EngineConfig, checkpoint: Checkpoint) -> tuple[Famil
                 "that writes text. Serve its embeddings with --is-embedding."
             ) from error
         raise
+    if config.context_length is not None and spec.grows:
+        longest = max(spec.max_length, config.context_length)
+        spec = dataclasses.replace(spec, max_length=longest)
     if spec.task != "embed":
         return family, spec
     pooling = read_pooling(checkpoint.path) if checkpoint.path.is_dir() else None

@@ -198,6 +198,11 @@ class Rope:
     interleaved: bool = False
 
     @property
+    def grows(self) -> bool:
+        """Whether the rope stretches with the request, to any length."""
+        return isinstance(self.scaling, DynamicNTK | PromptNTK)
+
+    @property
     def periods(self) -> np.ndarray:
         """`f32[dim/2]`: positions per radian of each pair, without scaling."""
         exponents = np.arange(0, self.dim, 2, dtype=np.float32) / self.dim

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import save_file
 
 from jaxserve import cli, hf_reference
-from jaxserve.config import EngineConfig
+from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.verification import compare, report
 from jaxserve.verification.compare import GreedyResult, Report, StageResult, Tally, compare_greedy
 from jaxserve.verification.reference import Reference, VerifyError, read_golden
 from jaxserve.verification.run import VerifyOptions, verify
+
+from ..model_defs import formulas
 
 ROOT = Path(cli.__file__).parents[1]
 GOLDENS = sorted((ROOT / "tests" / "goldens").iterdir())
@@ -79,6 +82,30 @@ def test_a_mesh_passes_in_a_process_of_its_own() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "tp 2, dp 2" in json.loads(done.stdout)["engine"]
+
+
+def test_a_rope_that_grows_is_compared_beyond_the_length_it_was_made_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((ROOT / "tests" / "goldens" / "internlm2-a" / "config.json").read_text())
+    config |= {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    made, prompts = formulas.Checkpoint(), [[5, 9, 200], list(range(3, 43))]
+    logits = [formulas.internlm2(config, made, prompt) for prompt in prompts]
+    arrays = {"input_ids": np.zeros((2, 40), np.int32), "logits": np.zeros((2, 40, 259))}
+    for row, (prompt, rows) in enumerate(zip(prompts, logits, strict=True)):
+        arrays["input_ids"][row, : len(prompt)] = prompt
+        arrays["logits"][row, : len(prompt)] = rows
+    arrays["lengths"] = np.array([3, 40], np.int32)
+    arrays["greedy"] = np.array([[rows[-1].argmax()] for rows in logits], np.int32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(made.tensors, tmp_path / "model.safetensors")
+    np.savez(tmp_path / "golden.npz", **arrays)
+    code, found = run_json(capsys, str(tmp_path), "--golden", "golden.npz")
+    assert code == 0 and found["passes"]
+    with pytest.raises(ConfigError, match="--context-length is 41"):
+        plain = {**config, "rope_scaling": None}
+        (tmp_path / "config.json").write_text(json.dumps(plain))
+        verify(EngineConfig(model_path=str(tmp_path)), VerifyOptions(golden=Path("golden.npz")))
 
 
 def test_a_wrong_layer_logit_and_token_are_found(
