@@ -58,6 +58,8 @@ class PlatformDefaults:
         first_tokens: tokens of the bucket to serve with first, where memory is no question; until
             there are others, prompts are cut to this and decoding is padded to it. None: the
             largest bucket.
+        fine_buckets: sizes between the powers of two; time grows with the padding, and a compile
+            keeps no request waiting.
     """
 
     max_rows: int
@@ -65,12 +67,18 @@ class PlatformDefaults:
     max_tokens_per_step: int
     full_contexts: int
     first_tokens: int | None = None
+    fine_buckets: bool = True
 
 
 # A CPU's memory is shared with everything else its user runs, so the pool stays small there.
 DEFAULTS = {
     "cpu": PlatformDefaults(
-        max_rows=16, max_texts=64, max_tokens_per_step=512, full_contexts=4, first_tokens=64
+        max_rows=16,
+        max_texts=64,
+        max_tokens_per_step=512,
+        full_contexts=4,
+        first_tokens=64,
+        fine_buckets=False,
     ),
     "tpu": PlatformDefaults(
         max_rows=256, max_texts=256, max_tokens_per_step=4096, full_contexts=256
@@ -243,7 +251,10 @@ class Engine:
             mesh.devices.flat[0], config.mem_fraction_static, mesh.size
         )
         self._all_buckets = make_buckets(
-            self._max_tokens, max_rows, decodes=spec.task == "generate"
+            self._max_tokens,
+            max_rows,
+            decodes=spec.task == "generate",
+            fine=defaults.fine_buckets,
         )
         if config.skip_background_compile:
             self._all_buckets = self._all_buckets[-1:]  # the largest; it holds every batch

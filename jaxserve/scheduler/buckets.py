@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _SMALLEST_MIXED = 32  # tokens; a shorter chunk costs a step hardly less
+# Where fine sizes begin: up to here an accelerator takes as long as it reads the weights, and
+# padding is free; beyond, time grows with tokens.
+_FREE_PADDING = 64
+_COARSE_FROM = 2048  # steps this large are mostly full ones: prompts wait, and fill them up
+_FRACTIONS = ((1.0, 1.25, 1.5), (1.0, 1.5))  # of a power of two, in fine sizes below and from there
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -23,14 +28,17 @@ class Bucket:
         return f"{self.tokens}x{self.rows}{' decode' if self.decode_only else ''}"
 
 
-def make_buckets(max_tokens: int, max_rows: int, *, decodes: bool = True) -> tuple[Bucket, ...]:
+def make_buckets(
+    max_tokens: int, max_rows: int, *, decodes: bool = True, fine: bool = False
+) -> tuple[Bucket, ...]:
     """Return the buckets to compile, in ascending order; the last one holds every batch.
 
     Without `decodes` there are mixed buckets only: no request has a second step of one token.
 
     Decode-only buckets (r, r) for powers of two up to max_rows; mixed buckets (t, max_rows) for
     powers of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little:
-    only its last token's logits.
+    only its last token's logits. With `fine` there are sizes between the powers of two where
+    padding costs time: at most a quarter of a step up to 2048 tokens is padding, a third beyond.
 
     Raises:
         ValueError: the maxima are not 1 <= max_rows <= max_tokens.
@@ -40,10 +48,17 @@ def make_buckets(max_tokens: int, max_rows: int, *, decodes: bool = True) -> tup
             f"buckets need 1 <= max_rows <= max_tokens, but max_rows={max_rows} and "
             f"max_tokens={max_tokens}: every running row must get a token in every step."
         )
-    decode = {Bucket(rows, rows, True) for rows in _doubling(1, max_rows)} if decodes else set()
-    smallest = min(max_tokens, max(_SMALLEST_MIXED, 2 * max_rows if decodes else 0))
-    mixed = {Bucket(tokens, max_rows) for tokens in _doubling(smallest, max_tokens)}
-    return tuple(sorted({b for b in decode if b.tokens < max_tokens} | mixed))
+    rows = _doubling(1, max_rows)
+    # What holds no more tokens than there are rows pads to a little more than that.
+    least = max_rows if decodes else 0
+    if fine:
+        rows = _with_fractions(rows, (_FRACTIONS[1],) * 2)
+        sizes = _with_fractions(_doubling(_SMALLEST_MIXED, max_tokens))
+        tokens = [size for size in sizes if size > least] or [max_tokens]
+    else:
+        tokens = _doubling(min(max_tokens, max(_SMALLEST_MIXED, 2 * least)), max_tokens)
+    decode = {Bucket(size, size, True) for size in rows if size < max_tokens} if decodes else set()
+    return tuple(sorted(decode | {Bucket(size, max_rows) for size in tokens}))
 
 
 def choose(
@@ -65,6 +80,20 @@ def choose(
         f"no bucket holds {num_tokens} tokens in {num_rows} rows; the largest is "
         f"{max(buckets, default=None)}."
     )
+
+
+def _with_fractions(
+    sizes: Sequence[int], fractions: Sequence[Sequence[float]] = _FRACTIONS
+) -> list[int]:
+    """Return the sizes and, where padding costs time, some between them and their doubles."""
+    below, beyond = fractions
+    fine = [
+        int(size * fraction)
+        for size in sizes
+        if size >= _FREE_PADDING
+        for fraction in (beyond if size >= _COARSE_FROM else below)
+    ]
+    return sorted({*sizes, *(size for size in fine if size <= sizes[-1])})
 
 
 def _doubling(first: int, last: int) -> list[int]:
