@@ -82,9 +82,7 @@ def pack_cache(keys: jax.Array, values: jax.Array | None, *, platform: str = "cp
     """Make a cache of keys [num_pages, K, page_size, H] and values [.., Hv], or None if shared."""
     if values is None or platform != "cpu":
         both = keys if values is None else jnp.concatenate([keys, values], -1)
-        return _widened(
-            both, -(-both.shape[-1] // TPU_LANES) * TPU_LANES if platform == "tpu" else 0
-        )
+        return _widened(both, _row_width(both.shape[-1], platform))
     width = max(keys.shape[-1], values.shape[-1])
     slabs = jnp.stack(
         [
