@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import pytest
 
 from jaxserve import cli
 from jaxserve.bench import report
+from jaxserve.bench.command import add_arguments
+from jaxserve.bench.offline import use_suite
 from jaxserve.bench.peers import load_peers
 from jaxserve.bench.serve import Record, summary
+from jaxserve.config import EngineConfig, from_args
 
 ROOT = Path(cli.__file__).parents[1]
 FACTS = {"device", "platform", "python", "jax", "jaxlib", "flax", "jaxserve", "commit", "command"}
@@ -205,10 +209,18 @@ def test_a_server_that_is_not_there_is_one_line(
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_a_suite_fills_in_what_is_left_open(
-    tiny: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Another model may be named; a setting that a flag gives stays."""
-    arguments = ["--suite", "h100-llama", "--budget-s", "0.001", "--context-length", "128"]
-    assert cli.main(["bench", "latency", *tiny, *arguments, "--log-level", "error"]) == 1
-    assert "1x1024/128 has a request of 1152 tokens" in capsys.readouterr().err
+def test_a_suite_fills_in_what_is_left_open(tiny: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    peers = load_peers()
+    suite = peers.suites["h100-llama"]
+    args = parser.parse_args(["latency", "--suite", "h100-llama", "--context-length", "2048"])
+    use_suite(args, suite, peers)
+    config = from_args(EngineConfig, args)
+    assert config.model_path == suite.config
+    assert (config.load_format, config.dtype) == ("dummy", "bfloat16")
+    assert config.max_running_requests == 256
+    assert config.context_length == 2048, "what a flag says stays"
+    args = parser.parse_args(["throughput", "--suite", "h100-llama", *tiny])
+    use_suite(args, suite, peers)
+    assert (args.model_path, args.max_running_requests) == (tiny[1], 4)
