@@ -12,7 +12,7 @@ help:
 	@echo "make demo    install, fetch a small real model, serve it, ask it one question"
 	@echo "make test    lint and the whole test suite"
 	@echo "make lint    ruff (check, format) and pyright only"
-	@echo "make bench   offline throughput of the demo model on this machine"
+	@echo "make bench   seconds and tokens/s of the demo model on this machine"
 	@echo "make clean   remove .venv and build leftovers"
 
 $(VENV)/.created:
@@ -41,7 +41,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m jaxserve bench throughput --model demo
+	$(BIN)/python -m jaxserve bench latency --model demo
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

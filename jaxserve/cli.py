@@ -41,7 +41,9 @@ COMMANDS = types.MappingProxyType(
         "convert": Command("converters.commands.convert", "write a checkpoint in another format"),
         "plan": Command("converters.commands.plan", "show where each tensor of a checkpoint goes"),
         "verify": Command("jaxserve.verify", "compare logits and text with a reference"),
-        "bench": Command("jaxserve.bench.command", "measure throughput or one step"),
+        "bench": Command(
+            "jaxserve.bench.command", "measure latency, throughput, a server, a step or the host"
+        ),
         "show": Command("jaxserve.show", "print a model's layers as a table"),
         "roofline": Command("jaxserve.roofline", "the least time a step can take on TPUs"),
         "models": Command(
@@ -57,13 +59,20 @@ COMMANDS = types.MappingProxyType(
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line and a guess at what a mistyped flag meant."""
 
+    @property
+    def subparsers(self) -> list[argparse.ArgumentParser]:
+        """The parsers of the command's own commands, if it has any."""
+        groups = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return [parser for group in groups for parser in group.choices.values()]
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(USAGE_ERROR)
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Exit over arguments nobody asked for; a flag is never accepted and then ignored."""
-        known = sorted(set(re.findall(r"--[a-z][a-z0-9-]*", self.format_help())))
+        helps = " ".join(parser.format_help() for parser in (self, *self.subparsers))
+        known = sorted(set(re.findall(r"--[a-z][a-z0-9-]*", helps)))
         named = []
         for text in unknown:
             flag = text.split("=")[0]
@@ -106,6 +115,8 @@ def run_command(name: str, arguments: Sequence[str], *, prog: str) -> int:
     getattr(module, command.add_arguments)(parser)
     if parser.get_default("log_level") is None:
         parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
+        for inner in parser.subparsers:  # without a default, which would undo what stands before
+            inner.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS)
     args = parse(parser, arguments)
     try:
         configure_logging(args.log_level)

@@ -225,7 +225,7 @@ def summary(records: list[Record]) -> dict[str, Any]:
     ]
     gaps = np.concatenate([np.diff(record.arrivals_s) for record in records])
     facts = {
-        "seconds": round(seconds, 3),
+        "seconds": round(seconds, 6),
         "req_s": round(len(records) / seconds, 3),
         "out_tok_s": round(num_tokens / seconds, 1),
     }

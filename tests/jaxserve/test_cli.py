@@ -204,6 +204,24 @@ def test_debug_level_shows_the_traceback_too(
     assert error.endswith("error: --this is wrong\n")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_log_level_may_stand_before_or_after_a_command_of_a_command(
+    place: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["latency", "--cases", "nonsense"]
+    arguments[place:place] = ["--log-level", "debug"]
+    assert cli.main(["bench", *arguments]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_a_mistyped_flag_of_a_command_of_a_command_gets_a_guess(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "latency", "--casez", "1x1/1"])
+    assert "did you mean --cases?" in capsys.readouterr().err
+
+
 def test_errors_of_others_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, ValueError("a bug"))
     with pytest.raises(ValueError, match="a bug"):
