@@ -331,21 +331,25 @@ def _kernel(
     def iota(shape, axis):
         return layout(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
 
-    def for_each_item(body, carry):
-        """body(turn, tile, first head, carry) for this program's items; heavy tiles come first."""
+    def for_each_item(body):
+        """body(index, tile, first head, key blocks before) for this program's items, in order.
+
+        Returns how many items and blocks there were.
+        """
         items = count_ref[0] * tile_heads
         rounds, rest = lax.div(items, num_programs), lax.rem(items, num_programs)
 
         def place(index):  # To and fro, so that no program always gets the heaviest.
             return jnp.where(lax.rem(index, 2) == 0, program, num_programs - 1 - program)
 
-        def step(index, carry):
+        def step(index, done):
             item = index * num_programs + place(index)
-            head = lax.rem(item, tile_heads) * config.heads_per_tile
-            return body(index, lax.div(item, tile_heads), head, carry)
+            tile = lax.div(item, tile_heads)
+            body(index, tile, lax.rem(item, tile_heads) * config.heads_per_tile, done)
+            return done + fields_ref[tile, _BLOCKS]
 
         rounds += (place(rounds) < rest).astype(jnp.int32)
-        return lax.fori_loop(0, rounds, step, carry)
+        return rounds, lax.fori_loop(0, rounds, step, jnp.int32(0))
 
     def chunk_origin(compute_warpgroup, index):
         """Head and token of the tile that a warpgroup's chunk of rows starts at."""
@@ -404,9 +408,19 @@ def _kernel(
                         )
 
             lax.fori_loop(0, blocks, block, None)
-            return done + blocks
 
-        for_each_item(item, jnp.int32(0))
+        def drain(count, slots, *barriers):
+            """Wait until the last `slots` of `count` uses are over."""
+
+            def use(index, _):
+                for barrier in barriers:
+                    plgpu.barrier_wait(barrier.at[lax.rem(index, slots)])
+
+            lax.fori_loop(jnp.maximum(count - slots, 0), count, use, None)
+
+        num_items, num_blocks = for_each_item(item)
+        drain(num_items, query_stages, query_free)
+        drain(num_blocks, stages, keys_free, values_free)
 
     def compute():
         log2_scale = scale * _LOG2_E if softcap is None else 1.0
@@ -462,6 +476,17 @@ def _kernel(
                 if config.take_turns:
                     plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
+            def start_product(out, o, p, values):
+                """Start o + p @ values in `out`; returns what finish_product takes."""
+                if interpret:  # Has neither stores to accumulators nor operands in registers.
+                    return o + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
+                out[...] = o
+                plgpu.wgmma(out, p, values)
+                return out
+
+            def finish_product(out):
+                return out if interpret else plgpu.wgmma_accumulator_load(out, wait_n=0)
+
             scores_type = plgpu.ACC((_ROWS, block_kv), jnp.float32)
             out_type = plgpu.ACC((_ROWS, head_dim), jnp.float32)
 
@@ -492,18 +517,15 @@ def _kernel(
                     take_turn()
                     plgpu.wgmma(scores, query, keys_smem.at[key_slot].transpose((1, 0)))
                     plgpu.barrier_wait(values_ready.at[slot])
-                    plgpu.wgmma(out, p, values_smem.at[slot])
+                    out = start_product(out, o, p, values_smem.at[slot])
                     end_turn()
                     s = finish_scores(scores, key_slot, 1)
                     new_p, new_m, new_l, alpha = in_order(softmax(s, m, l, number, masked))
                     # A branch: without one ptxas moves the softmax behind the wait below.
                     await_keys(number + 1)
                     # The product reads p until it is awaited, so the next p starts after that.
-                    new_o = plgpu.wgmma_accumulator_load(out, wait_n=0)
-                    new_o, new_p = in_order((new_o, new_p))
+                    new_o, new_p = in_order((finish_product(out), new_p))
                     plgpu.barrier_arrive(values_free.at[slot])
-                    if interpret:
-                        new_o += o
                     return rescaled(new_o, alpha), new_m, new_l, new_p.astype(dtype)
 
                 return pl.run_scoped(products, scores_type, out_type)
@@ -532,18 +554,13 @@ def _kernel(
                 clean(values, rest)
 
             def last_product(out):
-                if not interpret:
-                    out[...] = o
-                plgpu.wgmma(out, p, values)
-                new_o = plgpu.wgmma_accumulator_load(out, wait_n=0)
-                return o + new_o if interpret else new_o
+                return finish_product(start_product(out, o, p, values))
 
             o = pl.run_scoped(last_product, out_type)
             plgpu.barrier_arrive(values_free.at[slot])
             o = rescaled(o, 1.0 / l).astype(dtype)
             store(o, query, first_head, token, low, high)
             plgpu.barrier_arrive(query_free.at[query_slot])
-            return done + blocks
 
         def clean(values, count):
             """Zero the values from `count` on: what nobody wrote may be NaN, and 0 * NaN is NaN."""
@@ -612,7 +629,7 @@ def _kernel(
             def _():
                 plgpu.barrier_arrive(turn.at[0])
 
-        for_each_item(item, jnp.int32(0))
+        for_each_item(item)
 
         if config.take_turns:
 
