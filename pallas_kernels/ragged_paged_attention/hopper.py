@@ -328,6 +328,13 @@ def _kernel(
         """Keep x, and what is computed from it, where it is among waits, which x does not name."""
         return x if interpret else lax.optimization_barrier(x)
 
+    def store_plainly(ref, x):
+        """ref[...] = x for a `ref` without swizzle, where banks of shared memory conflict."""
+        if interpret or not hasattr(plgpu, "store"):  # JAX 0.12 asks for consent to conflicts.
+            ref[...] = x
+        else:
+            plgpu.store(ref, x, optimized=False)
+
     def iota(shape, axis):
         return layout(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
 
@@ -602,7 +609,7 @@ def _kernel(
                 rows = rows_smem.at[warpgroup]
                 width = rows_smem.shape[-1]
                 for column in range(0, head_dim, width):
-                    rows[...] = o[:, column : column + width]
+                    store_plainly(rows, o[:, column : column + width])
                     plgpu.commit_smem()
                     for i in range(chunks):
                         first, columns = target(i, column, width)
