@@ -25,6 +25,7 @@ _ALIGNMENT = 8  # Tokens: the height of a swizzle atom in shared memory.
 _SWIZZLE_BYTES = 128
 _SHARED_MEMORY_BYTES = 227 * 1024
 _REGISTERS = 65536  # Of one multiprocessor.
+_SUMS = 8  # Columns a row's sum is kept in: four threads hold two each.
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,7 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: PrefillConfig) 
             config.block_kv % 64 != 0 or config.block_kv % unit != 0 or page_size % unit != 0
         ),
         f"{group} query heads per kv head in tiles of {config.heads_per_tile}": (
-            group % config.heads_per_tile != 0
-            or config.heads_per_tile not in (1, 2, 4, 8, 16)
+            group % config.heads_per_tile != 0 or config.heads_per_tile not in (1, 2, 4, 8, 16)
         ),
         f"{num_tokens} tokens, no multiple of {_ALIGNMENT} or fewer than {config.tile_tokens}": (
             num_tokens % _ALIGNMENT != 0 or num_tokens < config.tile_tokens
@@ -330,10 +330,11 @@ def _kernel(
 
     def store_plainly(ref, x):
         """ref[...] = x for a `ref` without swizzle, where banks of shared memory conflict."""
-        if interpret or not hasattr(plgpu, "store"):  # JAX 0.12 asks for consent to conflicts.
+        store = getattr(plgpu, "store", None)  # JAX 0.12 asks for consent to conflicts.
+        if interpret or store is None:
             ref[...] = x
         else:
-            plgpu.store(ref, x, optimized=False)
+            store(ref, x, optimized=False)
 
     def iota(shape, axis):
         return layout(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
@@ -430,7 +431,7 @@ def _kernel(
         drain(num_blocks, stages, keys_free, values_free)
 
     def compute():
-        log2_scale = scale * _LOG2_E if softcap is None else 1.0
+        log2_scale = (scale if softcap is None else softcap) * _LOG2_E
         row_layout = plgpu.Layout.WGMMA.reduce(1)
 
         def item(index, tile, first_head, done):
@@ -448,14 +449,27 @@ def _kernel(
                 def _():
                     plgpu.barrier_wait(keys_ready.at[lax.rem(done + number, stages)])
 
+            # The interpreter has neither stores to accumulators nor operands in registers, and the
+            # one of JAX 0.10 no transposed operands: there, a product is done where it starts.
+            def start_scores(scores, slot):
+                """Start query @ keys.T in `scores`; returns what finish_scores takes."""
+                keys = keys_smem.at[slot]
+                if interpret:
+                    return jnp.dot(query[...], keys[...].T, preferred_element_type=jnp.float32)
+                plgpu.wgmma(scores, query, keys.transpose((1, 0)))
+                return scores
+
             def finish_scores(scores, slot, wait_n):
-                s = in_order(plgpu.wgmma_accumulator_load(scores, wait_n=wait_n))
+                if interpret:
+                    s = scores
+                else:
+                    s = in_order(plgpu.wgmma_accumulator_load(scores, wait_n=wait_n))
                 plgpu.barrier_arrive(keys_free.at[slot])
                 return s
 
-            def softmax(s, m, l, number, masked):
+            def softmax(s, m, total, number, masked):
                 if softcap is not None:
-                    s = jnp.tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
+                    s = jnp.tanh(s * (scale / softcap))
                 if masked:
                     base = key + number * block_kv
                     queries, keys = iota(s.shape, 0), iota(s.shape, 1)
@@ -469,8 +483,14 @@ def _kernel(
                 new_m = jnp.maximum(m, s.max(axis=1) * log2_scale)
                 alpha = jnp.exp2(m - new_m)
                 p = jnp.exp2(s * log2_scale - lax.broadcast_in_dim(new_m, s.shape, [0]))
-                l = l * alpha + p.sum(axis=1)
-                return p, new_m, l, alpha
+                # Sums of every eighth column, so that threads add up only what they hold.
+                columns = range(0, block_kv, _SUMS)
+                total = functools.reduce(
+                    lambda sums, column: sums + p[:, column : column + _SUMS],
+                    columns,
+                    rescaled(total, alpha),
+                )
+                return p, new_m, total, alpha
 
             def rescaled(o, alpha):
                 return o * lax.broadcast_in_dim(alpha, o.shape, [0])
@@ -485,7 +505,7 @@ def _kernel(
 
             def start_product(out, o, p, values):
                 """Start o + p @ values in `out`; returns what finish_product takes."""
-                if interpret:  # Has neither stores to accumulators nor operands in registers.
+                if interpret:
                     return o + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
                 out[...] = o
                 plgpu.wgmma(out, p, values)
@@ -494,27 +514,26 @@ def _kernel(
             def finish_product(out):
                 return out if interpret else plgpu.wgmma_accumulator_load(out, wait_n=0)
 
-            scores_type = plgpu.ACC((_ROWS, block_kv), jnp.float32)
-            out_type = plgpu.ACC((_ROWS, head_dim), jnp.float32)
+            scores_type = plgpu.WGMMAAccumulatorRef((_ROWS, block_kv), jnp.float32)
+            out_type = plgpu.WGMMAAccumulatorRef((_ROWS, head_dim), jnp.float32)
 
             plgpu.barrier_wait(query_ready.at[query_slot])
             m = layout(jnp.full((_ROWS,), _LOWEST, jnp.float32), row_layout)
-            l = layout(jnp.zeros((_ROWS,), jnp.float32), row_layout)
+            total = layout(jnp.zeros((_ROWS, _SUMS), jnp.float32), plgpu.Layout.WGMMA)
             o = layout(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
 
             def first_scores(scores):
                 slot = lax.rem(done, stages)
                 plgpu.barrier_wait(keys_ready.at[slot])
-                plgpu.wgmma(scores, query, keys_smem.at[slot].transpose((1, 0)))
-                return finish_scores(scores, slot, 0)
+                return finish_scores(start_scores(scores, slot), slot, 0)
 
             s = pl.run_scoped(first_scores, scores_type)
-            p, m, l, _ = softmax(s, m, l, 0, True)
+            p, m, total = softmax(s, m, total, 0, True)[:3]
             p = p.astype(dtype)
             await_keys(1)
 
             def block(number, carry, masked):
-                o, m, l, p = carry
+                o, m, total, p = carry
 
                 def products(scores, out):
                     if not interpret:
@@ -522,25 +541,25 @@ def _kernel(
                     key_slot = lax.rem(done + number, stages)
                     slot = lax.rem(done + number - 1, stages)
                     take_turn()
-                    plgpu.wgmma(scores, query, keys_smem.at[key_slot].transpose((1, 0)))
+                    scores = start_scores(scores, key_slot)
                     plgpu.barrier_wait(values_ready.at[slot])
                     out = start_product(out, o, p, values_smem.at[slot])
                     end_turn()
                     s = finish_scores(scores, key_slot, 1)
-                    new_p, new_m, new_l, alpha = in_order(softmax(s, m, l, number, masked))
+                    new_p, new_m, new_total, alpha = in_order(softmax(s, m, total, number, masked))
                     # A branch: without one ptxas moves the softmax behind the wait below.
                     await_keys(number + 1)
                     # The product reads p until it is awaited, so the next p starts after that.
                     new_o, new_p = in_order((finish_product(out), new_p))
                     plgpu.barrier_arrive(values_free.at[slot])
-                    return rescaled(new_o, alpha), new_m, new_l, new_p.astype(dtype)
+                    return rescaled(new_o, alpha), new_m, new_total, new_p.astype(dtype)
 
                 return pl.run_scoped(products, scores_type, out_type)
 
             # Blocks [free, masked) are seen whole by every query of the tile.
             masked = lax.div(jnp.maximum(position + low + 1 - key, 0), block_kv)
             free = jnp.int32(1)
-            carry = (o, m, l, p)
+            carry = (o, m, total, p)
             if window is not None:
                 hidden = jnp.maximum(position + high - window - key, 0)
                 free = jnp.clip(lax.div(hidden + block_kv - 1, block_kv), 1, blocks)
@@ -549,7 +568,7 @@ def _kernel(
             masked = jnp.clip(masked, free, blocks)
             carry = lax.fori_loop(free, masked, functools.partial(block, masked=False), carry)
             carry = lax.fori_loop(masked, blocks, functools.partial(block, masked=True), carry)
-            o, m, l, p = carry
+            o, m, total, p = carry
 
             slot = lax.rem(done + blocks - 1, stages)
             values = values_smem.at[slot]
@@ -565,7 +584,7 @@ def _kernel(
 
             o = pl.run_scoped(last_product, out_type)
             plgpu.barrier_arrive(values_free.at[slot])
-            o = rescaled(o, 1.0 / l).astype(dtype)
+            o = rescaled(o, 1.0 / total.sum(axis=1)).astype(dtype)
             store(o, query, first_head, token, low, high)
             plgpu.barrier_arrive(query_free.at[query_slot])
 
@@ -583,6 +602,20 @@ def _kernel(
             plgpu.commit_smem()
             plgpu.barrier_arrive(cleaned.at[0])
             plgpu.barrier_wait(cleaned.at[0])
+
+        def copy_rows(smem, gmem, start, count):
+            """Copy `count` rows from `start` on, in powers of two: copies have a static size."""
+            size = chunk
+            while size:
+
+                @pl.when((count & size) != 0)
+                def _(start=start, size=size):
+                    plgpu.copy_smem_to_gmem(
+                        smem.at[pl.ds(start, size)], gmem.at[pl.ds(start, size)]
+                    )
+
+                start += count & size
+                size //= 2
 
         def store(o, query, first_head, token, low, high):
             """Write the live rows of o; `query` is shared memory that is free by now."""
@@ -616,18 +649,12 @@ def _kernel(
                         offset = chunk_origin(warpgroup, i)[1]
                         start = jnp.clip(low - offset, 0, chunk)
                         count = jnp.clip(high - offset, 0, chunk) - start
-                        size = chunk
-                        while size:
-
-                            @pl.when((count & size) != 0)
-                            def _(start=start, size=size):
-                                plgpu.copy_smem_to_gmem(
-                                    rows.at[pl.ds(i * chunk + start, size)],
-                                    out_ref.at[pl.ds(first + start, size), columns],
-                                )
-
-                            start += count & size
-                            size //= 2
+                        copy_rows(
+                            rows.at[pl.ds(i * chunk, chunk)],
+                            out_ref.at[pl.ds(first, chunk), columns],
+                            start,
+                            count,
+                        )
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         if config.take_turns:
