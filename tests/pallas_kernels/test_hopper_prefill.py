@@ -18,8 +18,8 @@ try:
 except AttributeError:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-ROWS = ((1, 37), (70, 70), (0, 0), (5, 133), (1, 20), (33, 400))
-SPEC = ArgSpec("ragged", ROWS, 192, 8, 4, 2, 64, 64, page_size=16, dtype="bfloat16")
+ROWS = ((1, 37), (70, 70), (0, 0), (5, 133), (33, 300))
+SPEC = ArgSpec("ragged", ROWS, 192, 5, 4, 2, 64, 64, page_size=16, dtype="bfloat16")
 LLAMA = ArgSpec("llama", (), 2048, 8, 32, 8, 128, 128, page_size=16, dtype="bfloat16")
 SMALL = hopper.PrefillConfig(num_programs=2)
 
@@ -56,7 +56,7 @@ def shapes(spec: ArgSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
             {"num_heads": 8, "page_size": 128, "window": 100, "softcap": 30.0},
         ),
         (
-            replace(SMALL, take_turns=False, num_programs=None),
+            replace(SMALL, take_turns=False, num_programs=3),
             {"head_dim": 128, "v_head_dim": 128, "page_size": 32, "dtype": "float16"},
         ),
     ],
