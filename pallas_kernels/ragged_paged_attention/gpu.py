@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.ragged_paged_attention import hopper
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     TOKEN_MINOR_RANK,
@@ -232,11 +233,14 @@ def attend(
     device_kind: str | None = None,
     decode: Tiling | None = None,
     prefill: Tiling | None = None,
+    hopper_prefill: hopper.PrefillConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention over pages that hold the step's keys and values already: [T, N, Hv].
 
     Arguments as of `api.ragged_paged_attention`; tilings are chosen here where they are None.
+    hopper_prefill: take the kernel in `hopper` for rows of several tokens. It has not run on a
+      card yet, so nothing chooses it by itself.
     """
     num_tokens, num_heads, head_dim = q.shape
     problem = Problem(
@@ -259,7 +263,9 @@ def attend(
     per_head = [x for x in (alibi_slopes, block_offsets) if x is not None]
     rows = (kv_lens, query_starts, distribution)
     out = None
-    if not decode_only:
+    if hopper_prefill is not None and not decode_only:
+        out = _hopper_prefill(problem, hopper_prefill, page_table, q, cache, rows)
+    elif not decode_only:
         tiles = prefill_tiles(problem, prefill, num_tokens, *rows)
         out = _prefill(problem, prefill, tiles, page_table, q, cache, per_head)
     items, spans = decode_items(problem, decode, *rows)
@@ -527,6 +533,27 @@ def _prefill(problem, tiling, tiles, page_table, q, cache, per_head):
         interpret=problem.interpret,
         name="ragged_paged_attention_prefill",
     )(tiles, page_table, q, cache, *per_head)
+
+
+def _hopper_prefill(problem, config, page_table, q, cache, rows):
+    """What `_prefill` computes, by the kernel for Hopper GPUs."""
+    if problem.shared_kv or problem.alibi or problem.sparse:
+        raise NotImplementedError("the Hopper kernel has no shared values, ALiBi or sparse mask")
+    kv_lens, query_starts, distribution = rows
+    out = hopper.prefill(
+        q,
+        cache,
+        kv_lens,
+        page_table,
+        query_starts,
+        distribution,
+        scale=problem.scale,
+        window=problem.window,
+        softcap=problem.softcap,
+        config=config,
+    )
+    tokens = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None, None]
+    return jnp.where(tokens < query_starts[distribution[2]], out, 0)
 
 
 class _Attend:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ class Case:
 
 
 def time_case_s(
-    case: Case, *, device_kind: str | None, tiling: gpu.Tiling | None = None, **options: bool
+    case: Case, *, device_kind: str | None, tiling: gpu.Tiling | None = None, **options: Any
 ) -> float:
     """Seconds of one attention call, without the write of new tokens; `options` of `gpu.attend`."""
     counts = (4, 16) if case.is_decode else (1, 5)

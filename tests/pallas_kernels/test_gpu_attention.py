@@ -11,9 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ragged_paged_attention import cache_shape, gpu, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import (
+    cache_shape,
+    gpu,
+    hopper,
+    ragged_paged_attention,
+)
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, WIDTHS, ArgSpec
 
+NAMES = [spec.name for spec in ARG_SPECS]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
@@ -69,6 +75,20 @@ def test_kernels_lower_for_cuda(spec):
     call = partial(ragged_paged_attention, **spec.options())
     text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton") >= 3, "decode, merge and prefill"
+
+
+def test_prompts_may_go_to_the_hopper_kernel():
+    spec = replace(ARG_SPECS[NAMES.index("llama3_8b_tp4-mixed")], page_size=16)
+    q, _, _, cache, *metadata = jax.eval_shape(partial(spec.arguments, platform="gpu"))
+    call = partial(
+        gpu.attend,
+        shared_kv=False,
+        scale=1.0,
+        v_head_dim=spec.v_head_dim,
+        hopper_prefill=hopper.PrefillConfig(),
+    )
+    lowered = jax.jit(call).trace(q, cache, *metadata).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 def test_a_cache_of_a_cpu_is_left_to_others():
