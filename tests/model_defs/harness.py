@@ -65,11 +65,12 @@ def load(
     dp_size: int = 1,
     tp_size: int = 1,
     ep_size: int = 1,
+    dtype: Any = np.float32,
 ) -> Model:
     """Build the model of a `config.json` and fill it from checkpoint tensors, shard by shard."""
     family = family_of(config)
     spec = family.spec(config)
-    ctx = context(dp_size, tp_size, ep_size=ep_size)
+    ctx = context(dp_size, tp_size, dtype, ep_size)
     module = spec.build(ctx)
     weight_plan = plan(family.rules(config), headers(tensors), canonical_shapes(module))
 

@@ -221,4 +221,4 @@ def _names_matter(family: Family) -> bool:
 def test_family_files_stay_small() -> None:
     files = {family.home for family in list_families()}
     lines = [len((ROOT / home).read_text().splitlines()) for home in files]
-    assert statistics.median(lines) <= 80, sorted(lines)
+    assert statistics.median(lines) < 60, sorted(lines)
