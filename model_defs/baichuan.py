@@ -4,13 +4,11 @@ Yang et al. 2023 (arXiv:2309.10305). The sizes share an architecture name; only 
 `max_position_embeddings`.
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, ALiBi, head_dim_from_hf
+from model_defs.layers.attention import GQA, ALiBi
 from model_defs.layers.embedding import LMHead
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import HF_LLAMA, tied_head
 from model_defs.registry import register
 from model_defs.weights import Rule, Split
@@ -47,15 +45,11 @@ def baichuan(cfg: HFConfig) -> DecoderSpec:
     if unit_rows:
         cfg.expect("tie_word_embeddings", False)
     longest = cfg.get("max_position_embeddings")
-    position = ALiBi() if longest is None else rope_from_hf(cfg, head_dim_from_hf(cfg))
-    norm = RMSNorm(cfg["rms_norm_eps"])
-    layer = Layer(
-        mixer=GQA.from_hf(cfg, position=position), ffn=MLP.from_hf(cfg), norms=PreNorm(norm)
-    )
-    return DecoderSpec.from_hf(
+    mixer = GQA.from_hf(cfg, position=ALiBi()) if longest is None else GQA.with_rope(cfg)
+    return pre_norm_decoder(
         cfg,
-        layers=[layer] * cfg["num_hidden_layers"],
-        final_norm=norm,
+        mixer,
+        MLP.from_hf(cfg),
         head=LMHead(unit_rows=unit_rows),
         max_length=cfg["model_max_length"] if longest is None else longest,
     )

@@ -57,7 +57,7 @@ def dbrx_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 @register(
     "DbrxForCausalLM",
     weights=dbrx_weights,
-    ignored=("emb_pdrop", "output_router_logits", "router_aux_loss_coef"),
+    ignored=("emb_pdrop",),
     examples=("databricks/dbrx-instruct", "databricks/dbrx-base"),
     tiny=(
         TINY_DBRX,

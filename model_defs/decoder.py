@@ -24,7 +24,7 @@ from model_defs.layers.linear import BuildContext, Placed
 from model_defs.layers.mla import MLA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE
-from model_defs.layers.norm import Norm
+from model_defs.layers.norm import Norm, RMSNorm
 from model_defs.layers.rope import Rope
 from model_defs.sharding import DATA, Axis
 
@@ -143,6 +143,24 @@ class DecoderSpec:
     def build(self, ctx: BuildContext) -> Decoder:
         """The NNX module, with parameters that have shapes but no data."""
         return Decoder(self, ctx)
+
+
+def pre_norm_decoder(
+    cfg: HFConfig,
+    mixer: MixerSpec,
+    ffn: FeedForwardSpec,
+    *,
+    branch_scale: float | None = None,
+    **rest: Any,
+) -> DecoderSpec:
+    """Equal layers with an `RMSNorm` before each branch and after the last layer.
+
+    Reads `num_hidden_layers` and `rms_norm_eps`; `rest` are attributes of the spec.
+    """
+    norm = RMSNorm(cfg["rms_norm_eps"])
+    layer = Layer(mixer, ffn, PreNorm(norm), branch_scale=branch_scale)
+    layers = [layer] * cfg["num_hidden_layers"]
+    return DecoderSpec.from_hf(cfg, layers=layers, final_norm=norm, **rest)
 
 
 class LayerModule(nnx.Module):

@@ -5,11 +5,10 @@ Dai et al. 2024 (arXiv:2401.06066).
 
 from model_defs.decoder import DecoderSpec, Layer, PreNorm
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE, SoftmaxTopK
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import llama_weights
 from model_defs.registry import register
 from model_defs.weights import Rename, Rule
@@ -22,7 +21,6 @@ def deepseek_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 @register(
     "DeepseekForCausalLM",
     weights=deepseek_weights,
-    ignored=("aux_loss_alpha", "seq_aux"),
     examples=("deepseek-ai/deepseek-moe-16b-chat", "deepseek-ai/deepseek-moe-16b-base"),
     reference="original",
 )
@@ -31,8 +29,7 @@ def deepseek(cfg: HFConfig) -> DecoderSpec:
     cfg.expect("scoring_func", "softmax")
     norm, dense = RMSNorm(cfg["rms_norm_eps"]), MLP.from_hf(cfg)
     bias = cfg.get("attention_bias", False)
-    rope = rope_from_hf(cfg, head_dim_from_hf(cfg))
-    attention = GQA.from_hf(cfg, position=rope, qkv_bias=bias, out_bias=bias)
+    attention = GQA.with_rope(cfg, qkv_bias=bias, out_bias=bias)
     width, shared = cfg["moe_intermediate_size"], cfg.get("n_shared_experts", 0)
     router = SoftmaxTopK(
         experts=cfg["n_routed_experts"],

@@ -104,7 +104,7 @@ TINY_YARN = {
 @register(
     "DeepseekV2ForCausalLM",
     weights=deepseek_weights,
-    ignored=("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits"),
+    ignored=("ep_size",),
     examples=("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-ai/DeepSeek-V2-Chat"),
     tiny=(
         {**TINY_DEEPSEEK, "q_lora_rank": None},

@@ -40,14 +40,7 @@ def block_scales(cfg: HFConfig) -> tuple[Rule, ...]:
 @register(
     "DeepseekV3ForCausalLM",
     weights=deepseek_v3_weights,
-    ignored=(
-        "aux_loss_alpha",
-        "seq_aux",
-        "ep_size",
-        "num_mtp_layers",
-        "num_nextn_predict_layers",
-        "output_router_logits",
-    ),
+    ignored=("ep_size", "num_mtp_layers", "num_nextn_predict_layers"),
     examples=("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1"),
     tiny=(
         {

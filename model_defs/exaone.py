@@ -5,10 +5,9 @@ LG AI Research 2024 (arXiv:2408.03541, arXiv:2412.04862).
 
 from model_defs.decoder import DecoderSpec, Layer, PreNorm
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import tied_head
 from model_defs.registry import register
 from model_defs.weights import Ignore, Rename, Rule, Subtree
@@ -47,7 +46,7 @@ def exaone_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 def exaone(cfg: HFConfig) -> DecoderSpec:
     norm = RMSNorm(cfg["layer_norm_epsilon"])
     layer = Layer(
-        mixer=GQA.from_hf(cfg, position=rope_from_hf(cfg, head_dim_from_hf(cfg))),
+        mixer=GQA.with_rope(cfg),
         ffn=MLP(cfg["intermediate_size"], cfg.get("activation_function", "silu")),
         norms=PreNorm(norm),
     )

@@ -3,12 +3,11 @@
 IBM 2024 (https://huggingface.co/ibm-granite/granite-3.3-8b-instruct).
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
+from model_defs.layers.moe import MoE
 from model_defs.llama import TINY, llama_weights
 from model_defs.registry import register
 
@@ -39,34 +38,18 @@ TINY_GRANITE = {
     ),
 )
 def granite(cfg: HFConfig) -> DecoderSpec:
-    norm = RMSNorm(cfg["rms_norm_eps"])
-    layer = Layer(
-        mixer=granite_attention(cfg),
-        ffn=MLP.from_hf(cfg, bias=cfg.get("mlp_bias", False)),
-        norms=PreNorm(norm),
-        branch_scale=cfg.get("residual_multiplier", 1.0),
-    )
-    return granite_decoder(cfg, layer)
+    return granite_decoder(cfg, MLP.from_hf(cfg, bias=cfg.get("mlp_bias", False)))
 
 
-def granite_attention(cfg: HFConfig) -> GQA:
-    """Attention whose scores are multiplied by `attention_multiplier` alone."""
+def granite_decoder(cfg: HFConfig, ffn: MLP | MoE) -> DecoderSpec:
+    """Equal layers around `ffn`; the scores are multiplied by `attention_multiplier` alone."""
     bias = cfg.get("attention_bias", False)
-    return GQA.from_hf(
+    scale = cfg.get("attention_multiplier", 1.0)
+    return pre_norm_decoder(
         cfg,
-        position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-        scale=cfg.get("attention_multiplier", 1.0),
-        qkv_bias=bias,
-        out_bias=bias,
-    )
-
-
-def granite_decoder(cfg: HFConfig, layer: Layer) -> DecoderSpec:
-    """A decoder of equal layers with scaled embeddings and logits."""
-    return DecoderSpec.from_hf(
-        cfg,
-        layers=[layer] * cfg["num_hidden_layers"],
-        final_norm=RMSNorm(cfg["rms_norm_eps"]),
+        GQA.with_rope(cfg, scale=scale, qkv_bias=bias, out_bias=bias),
+        ffn,
+        branch_scale=cfg.get("residual_multiplier", 1.0),
         embed_scale=cfg.get("embedding_multiplier", 1.0),
         logit_scale=1 / cfg.get("logits_scaling", 1.0),
     )

@@ -3,12 +3,11 @@
 IBM 2024 (https://huggingface.co/ibm-granite/granite-3.1-3b-a800m-instruct).
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
-from model_defs.granite import TINY_GRANITE, granite_attention, granite_decoder
+from model_defs.decoder import DecoderSpec
+from model_defs.granite import TINY_GRANITE, granite_decoder
 from model_defs.hf_config import HFConfig
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE, SoftmaxTopK
-from model_defs.layers.norm import RMSNorm
 from model_defs.llama import HF_LLAMA, tied_head
 from model_defs.registry import register
 from model_defs.weights import Rename, Rule, Split, Unstack
@@ -30,7 +29,6 @@ def granite_moe_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 @register(
     "GraniteMoeForCausalLM",
     weights=granite_moe_weights,
-    ignored=("output_router_logits", "router_aux_loss_coef"),
     examples=(
         "ibm-granite/granite-3.1-3b-a800m-instruct",
         "ibm-granite/granite-3.1-1b-a400m-instruct",
@@ -52,10 +50,4 @@ def granite_moe(cfg: HFConfig) -> DecoderSpec:
     router = SoftmaxTopK(
         cfg.get("num_local_experts", 8), cfg.get("num_experts_per_tok", 2), renormalize=True
     )
-    layer = Layer(
-        mixer=granite_attention(cfg),
-        ffn=MoE(router, MLP.from_hf(cfg)),
-        norms=PreNorm(RMSNorm(cfg["rms_norm_eps"])),
-        branch_scale=cfg.get("residual_multiplier", 1.0),
-    )
-    return granite_decoder(cfg, layer)
+    return granite_decoder(cfg, MoE(router, MLP.from_hf(cfg)))

@@ -6,11 +6,10 @@ experts have the exact GELU unless the config's `hidden_act` says otherwise.
 
 from model_defs.decoder import DecoderSpec, Layer, SandwichNorm
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE, SoftmaxTopK
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import tied_head
 from model_defs.registry import register
 from model_defs.weights import Ignore, Rename, Rule, Subtree
@@ -40,18 +39,13 @@ def grok1_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     "Grok1ModelForCausalLM",
     "Grok1ForCausalLM",
     weights=grok1_weights,
-    ignored=("output_router_logits", "router_aux_loss_coef"),
     examples=("hpcai-tech/grok-1",),
     reference="original",
 )
 def grok1(cfg: HFConfig) -> DecoderSpec:
     norm = RMSNorm(cfg["rms_norm_eps"])
-    mixer = GQA.from_hf(
-        cfg,
-        position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-        scale=cfg["attn_output_multiplier"],
-        softcap=cfg["max_attn_value"],
-    )
+    scale, softcap = cfg["attn_output_multiplier"], cfg["max_attn_value"]
+    mixer = GQA.with_rope(cfg, scale=scale, softcap=softcap)
     router = SoftmaxTopK(cfg["num_experts"], cfg["num_experts_per_tok"], renormalize=False)
     expert = MLP(cfg["intermediate_size"], cfg.get("hidden_act", "gelu"))
     layer = Layer(mixer, MoE(router, expert), SandwichNorm(norm))

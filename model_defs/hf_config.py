@@ -16,15 +16,15 @@ _MISSING = object()
 IGNORED = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention
-    architectures attention_dropout attn_pdrop auto_map begin_suppress_tokens bos_token_id
-    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    dtype embd_pdrop eos_token_id finetuning_task forced_bos_token_id forced_eos_token_id
-    hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id
-    max_position_embeddings model_type output_attentions output_hidden_states pad_token_id prefix
-    problem_type pruned_heads remove_invalid_values resid_pdrop return_dict sep_token_id
-    suppress_tokens task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
-    torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
-    unsloth_version use_bfloat16 use_cache
+    architectures attention_dropout attn_pdrop auto_map aux_loss_alpha begin_suppress_tokens
+    bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task forced_bos_token_id
+    forced_eos_token_id hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
+    label2id max_position_embeddings model_type output_attentions output_hidden_states
+    output_router_logits pad_token_id prefix problem_type pruned_heads remove_invalid_values
+    resid_pdrop return_dict router_aux_loss_coef sep_token_id seq_aux suppress_tokens
+    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()  # noqa: SIM905 - one name per line would fill a screen
 )
 

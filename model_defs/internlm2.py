@@ -3,14 +3,12 @@
 Cai et al. 2024 (arXiv:2403.17297); https://huggingface.co/internlm/internlm2_5-7b-chat.
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.heads import scores
 from model_defs.hf_config import HFConfig
 from model_defs.layers.attention import GQA, head_dim_from_hf
 from model_defs.layers.embedding import ScoreHead
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import tied_head
 from model_defs.registry import register
 from model_defs.weights import Ignore, Rename, Rule, Split, Subtree
@@ -48,15 +46,9 @@ def internlm2_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 )
 def internlm2(cfg: HFConfig) -> DecoderSpec:
     cfg.expect("pretraining_tp", 1)
-    norm = RMSNorm(cfg["rms_norm_eps"])
     bias = cfg["bias"]  # of the attention only
-    rope = rope_from_hf(cfg, head_dim_from_hf(cfg))
-    layer = Layer(
-        mixer=GQA.from_hf(cfg, position=rope, qkv_bias=bias, out_bias=bias),
-        ffn=MLP.from_hf(cfg),
-        norms=PreNorm(norm),
-    )
-    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+    mixer = GQA.with_rope(cfg, qkv_bias=bias, out_bias=bias)
+    return pre_norm_decoder(cfg, mixer, MLP.from_hf(cfg))
 
 
 scores(

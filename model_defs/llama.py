@@ -3,13 +3,11 @@
 Touvron et al. 2023 (arXiv:2302.13971), Grattafiori et al. 2024 (arXiv:2407.21783).
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.heads import embeds, scores
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.registry import register
 from model_defs.weights import HF_BLOCK_NAMES, Ignore, Rename, Rule, Subtree, Tie
 
@@ -73,16 +71,9 @@ TINY = {
 def llama(cfg: HFConfig) -> DecoderSpec:
     cfg.expect("pretraining_tp", 1)  # other values only re-order the reference's arithmetic
     cfg.expect("rope_interleaved", False)
-    norm = RMSNorm(cfg["rms_norm_eps"])
     bias = cfg.get("attention_bias", False)
-    layer = Layer(
-        mixer=GQA.from_hf(
-            cfg, position=rope_from_hf(cfg, head_dim_from_hf(cfg)), qkv_bias=bias, out_bias=bias
-        ),
-        ffn=MLP.from_hf(cfg, bias=cfg.get("mlp_bias", False)),
-        norms=PreNorm(norm),
-    )
-    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+    mixer = GQA.with_rope(cfg, qkv_bias=bias, out_bias=bias)
+    return pre_norm_decoder(cfg, mixer, MLP.from_hf(cfg, bias=cfg.get("mlp_bias", False)))
 
 
 scores(

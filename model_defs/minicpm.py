@@ -5,11 +5,10 @@ Hu et al. 2024 (arXiv:2404.06395, section 3.2 and appendix A.1).
 
 from dataclasses import replace
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.hf_config import HFConfig
 from model_defs.layers.attention import GQA, head_dim_from_hf
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
 from model_defs.layers.rope import LongRope, Rope, rope_from_hf
 from model_defs.llama import llama_weights
 from model_defs.registry import register
@@ -26,18 +25,12 @@ def minicpm(cfg: HFConfig) -> DecoderSpec:
     cfg.expect("pretraining_tp", 1)
     cfg.expect("num_experts", 0)
     depth = cfg["num_hidden_layers"]
-    norm = RMSNorm(cfg["rms_norm_eps"])
     bias = cfg.get("attention_bias", False)
-    layer = Layer(
-        mixer=GQA.from_hf(cfg, position=_rope(cfg), qkv_bias=bias, out_bias=bias),
-        ffn=MLP.from_hf(cfg),
-        norms=PreNorm(norm),
-        branch_scale=cfg.get("scale_depth", 1) / depth**0.5,
-    )
-    return DecoderSpec.from_hf(
+    return pre_norm_decoder(
         cfg,
-        layers=[layer] * depth,
-        final_norm=norm,
+        GQA.from_hf(cfg, position=_rope(cfg), qkv_bias=bias, out_bias=bias),
+        MLP.from_hf(cfg),
+        branch_scale=cfg.get("scale_depth", 1) / depth**0.5,
         # A config that does not say ties the head; the rules then refuse a checkpoint with one.
         tied=True,
         embed_scale=cfg.get("scale_emb", 1),

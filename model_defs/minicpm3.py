@@ -3,11 +3,10 @@
 Hu et al. 2024 (arXiv:2404.06395, section 3.2 and appendix A.1) for the scales.
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.deepseek_v2 import HF_MLA, latent_attention
 from model_defs.hf_config import HFConfig
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
 from model_defs.llama import TINY, tied_head
 from model_defs.registry import register
 from model_defs.weights import Rule
@@ -61,17 +60,11 @@ def minicpm3(cfg: HFConfig) -> DecoderSpec:
     cfg.expect("pretraining_tp", 1)
     cfg.expect("mlp_bias", False)
     depth = cfg["num_hidden_layers"]
-    norm = RMSNorm(cfg["rms_norm_eps"])
-    layer = Layer(
+    return pre_norm_decoder(
+        cfg,
         latent_attention(cfg, interleaved=False),
         MLP.from_hf(cfg),
-        PreNorm(norm),
         branch_scale=cfg.get("scale_depth", depth**0.5) / depth**0.5,
-    )
-    return DecoderSpec.from_hf(
-        cfg,
-        layers=[layer] * depth,
-        final_norm=norm,
         tied=True,
         embed_scale=cfg.get("scale_emb", 12),
         logit_scale=cfg.get("dim_model_base", cfg["hidden_size"]) / cfg["hidden_size"],

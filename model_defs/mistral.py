@@ -1,12 +1,10 @@
 """Mistral 7B, NeMo and Small 3: Llama with an optional sliding window (arXiv:2310.06825)."""
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.heads import embeds
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import TINY, llama_weights
 from model_defs.registry import register
 
@@ -28,17 +26,8 @@ from model_defs.registry import register
     ),
 )
 def mistral(cfg: HFConfig) -> DecoderSpec:
-    norm = RMSNorm(cfg["rms_norm_eps"])
-    layer = Layer(
-        mixer=GQA.from_hf(
-            cfg,
-            position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-            window=cfg["sliding_window"],  # absent is not null: the reference then takes 4096
-        ),
-        ffn=MLP.from_hf(cfg),
-        norms=PreNorm(norm),
-    )
-    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+    window = cfg["sliding_window"]  # absent is not null: the reference then takes 4096
+    return pre_norm_decoder(cfg, GQA.with_rope(cfg, window=window), MLP.from_hf(cfg))
 
 
 embeds(

@@ -3,13 +3,11 @@
 Jiang et al. 2024 (arXiv:2401.04088).
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE, SoftmaxTopK
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import HF_LLAMA, TINY, tied_head
 from model_defs.registry import register
 from model_defs.weights import Rename, Rule
@@ -30,7 +28,7 @@ def mixtral_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 @register(
     "MixtralForCausalLM",
     weights=mixtral_weights,
-    ignored=("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+    ignored=("router_jitter_noise",),
     examples=("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
     tiny=(
         {**TINY, "intermediate_size": 48},
@@ -46,17 +44,8 @@ def mixtral_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     ),
 )
 def mixtral(cfg: HFConfig) -> DecoderSpec:
-    norm = RMSNorm(cfg["rms_norm_eps"])
     router = SoftmaxTopK(
         cfg.get("num_local_experts", 8), cfg.get("num_experts_per_tok", 2), renormalize=True
     )
-    layer = Layer(
-        mixer=GQA.from_hf(
-            cfg,
-            position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-            window=cfg.get("sliding_window"),
-        ),
-        ffn=MoE(router, MLP.from_hf(cfg)),
-        norms=PreNorm(norm),
-    )
-    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+    mixer = GQA.with_rope(cfg, window=cfg.get("sliding_window"))
+    return pre_norm_decoder(cfg, mixer, MoE(router, MLP.from_hf(cfg)))

@@ -5,10 +5,9 @@ Groeneveld et al. 2024 (arXiv:2402.00838).
 
 from model_defs.decoder import DecoderSpec, Layer, PreNorm
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.norm import LayerNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import TINY, llama_weights
 from model_defs.registry import register
 
@@ -26,13 +25,7 @@ def olmo(cfg: HFConfig) -> DecoderSpec:
     norm = LayerNorm(1e-5, bias=False, weight=False)
     bias = cfg.get("attention_bias", False)
     layer = Layer(
-        mixer=GQA.from_hf(
-            cfg,
-            position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-            clip=cfg.get("clip_qkv"),
-            qkv_bias=bias,
-            out_bias=bias,
-        ),
+        mixer=GQA.with_rope(cfg, clip=cfg.get("clip_qkv"), qkv_bias=bias, out_bias=bias),
         ffn=MLP.from_hf(cfg),
         norms=PreNorm(norm),
     )

@@ -5,10 +5,9 @@ OLMo Team 2025 (arXiv:2501.00656).
 
 from model_defs.decoder import DecoderSpec, Layer, Norms
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import TINY, tied_head
 from model_defs.registry import register
 from model_defs.weights import HF_BLOCK_NAMES, Rename, Rule, Subtree
@@ -45,13 +44,8 @@ def olmo2(cfg: HFConfig) -> DecoderSpec:
     norm = RMSNorm(cfg["rms_norm_eps"])
     bias = cfg.get("attention_bias", False)
     layer = Layer(
-        mixer=GQA.from_hf(
-            cfg,
-            position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-            qk_norm=norm,
-            qk_norm_over="all_heads",
-            qkv_bias=bias,
-            out_bias=bias,
+        mixer=GQA.with_rope(
+            cfg, qk_norm=norm, qk_norm_over="all_heads", qkv_bias=bias, out_bias=bias
         ),
         ffn=MLP.from_hf(cfg),
         norms=Norms(post_mixer=norm, post_ffn=norm),

@@ -3,15 +3,14 @@
 Muennighoff et al. 2024 (arXiv:2409.02060).
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import TINY
-from model_defs.qwen2_moe import TRAINING, moe_weights, softmax_router
+from model_defs.qwen2_moe import moe_weights, softmax_router
 from model_defs.registry import register
 
 TINY_EXPERTS = {**TINY, "intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3}
@@ -20,7 +19,6 @@ TINY_EXPERTS = {**TINY, "intermediate_size": 24, "num_experts": 8, "num_experts_
 @register(
     "OlmoeForCausalLM",
     weights=moe_weights,
-    ignored=TRAINING,
     examples=("allenai/OLMoE-1B-7B-0125-Instruct", "allenai/OLMoE-1B-7B-0924"),
     tiny=(
         TINY_EXPERTS,
@@ -34,19 +32,13 @@ TINY_EXPERTS = {**TINY, "intermediate_size": 24, "num_experts": 8, "num_experts_
     ),
 )
 def olmoe(cfg: HFConfig) -> DecoderSpec:
-    norm = RMSNorm(cfg["rms_norm_eps"])
     bias = cfg.get("attention_bias", False)
-    layer = Layer(
-        mixer=GQA.from_hf(
-            cfg,
-            position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-            qk_norm=norm,
-            qk_norm_over="all_heads",
-            clip=cfg.get("clip_qkv"),
-            qkv_bias=bias,
-            out_bias=bias,
-        ),
-        ffn=MoE(softmax_router(cfg), MLP.from_hf(cfg)),
-        norms=PreNorm(norm),
+    mixer = GQA.with_rope(
+        cfg,
+        qk_norm=RMSNorm(cfg["rms_norm_eps"]),
+        qk_norm_over="all_heads",
+        clip=cfg.get("clip_qkv"),
+        qkv_bias=bias,
+        out_bias=bias,
     )
-    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+    return pre_norm_decoder(cfg, mixer, MoE(softmax_router(cfg), MLP.from_hf(cfg)))

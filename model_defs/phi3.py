@@ -3,12 +3,10 @@
 Abdin et al. 2024 (arXiv:2404.14219).
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.hf_config import HFConfig
 from model_defs.layers.attention import GQA, head_dim_from_hf
 from model_defs.layers.mlp import MLP
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import HF_LLAMA, TINY, tied_head
 from model_defs.registry import register
 from model_defs.weights import Rule, Split
@@ -60,15 +58,6 @@ def phi3(cfg: HFConfig) -> DecoderSpec:
         cfg.expect(key, False)
     for key in ("full_attn_mod", "interpolate_factor"):
         cfg.expect(key, 1)
-    norm = RMSNorm(cfg["rms_norm_eps"])
-    layer = Layer(
-        mixer=GQA.from_hf(
-            cfg,
-            position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-            window=cfg.get("sliding_window"),
-        ),
-        ffn=MLP.from_hf(cfg),
-        norms=PreNorm(norm),
-    )
-    cfg.get("original_max_position_embeddings")
-    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+    cfg.get("original_max_position_embeddings")  # read with the rope where it matters
+    mixer = GQA.with_rope(cfg, window=cfg.get("sliding_window"))
+    return pre_norm_decoder(cfg, mixer, MLP.from_hf(cfg))

@@ -22,7 +22,7 @@ TINY_PHIMOE = {**TINY, "intermediate_size": 48, "num_local_experts": 8}
     "PhimoeForCausalLM",  # in transformers
     "PhiMoEForCausalLM",  # on the hub
     weights=mixtral_weights,
-    ignored=("input_jitter_noise", "output_router_logits", "router_aux_loss_coef"),
+    ignored=("input_jitter_noise",),
     examples=("microsoft/Phi-3.5-MoE-instruct",),
     tiny=(
         TINY_PHIMOE,

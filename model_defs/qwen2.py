@@ -5,11 +5,10 @@ from dataclasses import replace
 from model_defs.decoder import DecoderSpec, Layer, PreNorm
 from model_defs.heads import embeds, num_labels, scores
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.embedding import ScoreHead
 from model_defs.layers.mlp import MLP
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import TINY, llama_weights
 from model_defs.registry import register
 
@@ -45,8 +44,7 @@ def windowed_decoder(cfg: HFConfig, full: GQA) -> DecoderSpec:
     ),
 )
 def qwen2(cfg: HFConfig) -> DecoderSpec:
-    rope = rope_from_hf(cfg, head_dim_from_hf(cfg))
-    return windowed_decoder(cfg, GQA.from_hf(cfg, position=rope, qkv_bias=True))
+    return windowed_decoder(cfg, GQA.with_rope(cfg, qkv_bias=True))
 
 
 scores(

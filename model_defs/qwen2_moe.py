@@ -5,16 +5,13 @@ https://qwenlm.github.io/blog/qwen-moe, arXiv:2407.10671.
 
 from model_defs.decoder import DecoderSpec, Layer, PreNorm
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE, SoftmaxTopK
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import TINY, llama_weights
 from model_defs.registry import register
 from model_defs.weights import Rename, Rule
-
-TRAINING = ("output_router_logits", "router_aux_loss_coef")
 
 
 def moe_weights(cfg: HFConfig) -> tuple[Rule, ...]:
@@ -51,7 +48,6 @@ TINY_MOE = {**TINY, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_
 @register(
     "Qwen2MoeForCausalLM",
     weights=moe_weights,
-    ignored=TRAINING,
     examples=("Qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen/Qwen2-57B-A14B-Instruct"),
     tiny=(
         {**TINY_MOE, "shared_expert_intermediate_size": 48},
@@ -69,12 +65,11 @@ TINY_MOE = {**TINY, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_
     ),
 )
 def qwen2_moe(cfg: HFConfig) -> DecoderSpec:
-    rope, act = rope_from_hf(cfg, head_dim_from_hf(cfg)), cfg.get("hidden_act", "silu")
+    act = cfg.get("hidden_act", "silu")
     moe = MoE(
         softmax_router(cfg),
         MLP(cfg["moe_intermediate_size"], act),
         shared=MLP(cfg["shared_expert_intermediate_size"], act),
         shared_gate=True,
     )
-    attention = GQA.from_hf(cfg, position=rope, qkv_bias=cfg.get("qkv_bias", True))
-    return sparse_decoder(cfg, attention, moe)
+    return sparse_decoder(cfg, GQA.with_rope(cfg, qkv_bias=cfg.get("qkv_bias", True)), moe)

@@ -2,9 +2,8 @@
 
 from model_defs.decoder import DecoderSpec
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import TINY, llama_weights
 from model_defs.qwen2 import windowed_decoder
 from model_defs.registry import register
@@ -12,13 +11,8 @@ from model_defs.registry import register
 
 def qwen3_attention(cfg: HFConfig) -> GQA:
     bias = cfg.get("attention_bias", False)
-    return GQA.from_hf(
-        cfg,
-        position=rope_from_hf(cfg, head_dim_from_hf(cfg)),
-        qk_norm=RMSNorm(cfg["rms_norm_eps"]),
-        qkv_bias=bias,
-        out_bias=bias,
-    )
+    norm = RMSNorm(cfg["rms_norm_eps"])
+    return GQA.with_rope(cfg, qk_norm=norm, qkv_bias=bias, out_bias=bias)
 
 
 @register(

@@ -6,7 +6,6 @@ from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE
 from model_defs.qwen2_moe import (
     TINY_MOE,
-    TRAINING,
     moe_weights,
     softmax_router,
     sparse_decoder,
@@ -18,7 +17,6 @@ from model_defs.registry import register
 @register(
     "Qwen3MoeForCausalLM",
     weights=moe_weights,
-    ignored=TRAINING,
     examples=("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B-Instruct-2507"),
     tiny=(
         {**TINY_MOE, "head_dim": 24, "norm_topk_prob": True},

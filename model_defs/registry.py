@@ -41,6 +41,9 @@ class Family:
         examples: hub ids.
         tiny: fields of a small config for tests.
         home: the file it is declared in, for errors.
+        bfloat16_tolerance: largest error of the outputs of its `tiny` models in bfloat16, as a root
+            mean square in standard deviations of the outputs. Experts that score nearly the same
+            are chosen by chance, so families with experts need more than others.
         task: what its models are for.
         reference: what the tests compare it with: transformers' class, or stored outputs of the
             original code or a transcription of it; None: they do not.
@@ -54,6 +57,7 @@ class Family:
     examples: tuple[str, ...] = ()
     tiny: tuple[Mapping[str, Any], ...] = ()
     home: str = ""
+    bfloat16_tolerance: float = 0.02
     task: Task = "generate"
     reference: Reference | None = None
 
@@ -148,11 +152,13 @@ def register(
     examples: Sequence[str] = (),
     tiny: Sequence[Mapping[str, Any]] = (),
     reference: Reference | None = None,
+    bfloat16_tolerance: float = Family.bfloat16_tolerance,
 ) -> Callable[[Build], Build]:
     """Declare a family: decorate the function that turns its config into a spec.
 
     Args:
         reference: as in `Family`; without it transformers, where there are `tiny` configs.
+        bfloat16_tolerance: as in `Family`.
     """
 
     def add(build: Build) -> Build:
@@ -166,6 +172,7 @@ def register(
                 examples=tuple(examples),
                 tiny=tuple(tiny),
                 reference=reference or ("transformers" if tiny else None),
+                bfloat16_tolerance=bfloat16_tolerance,
                 home=build.__module__.replace(".", "/") + ".py",
             )
         )

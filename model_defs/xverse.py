@@ -4,13 +4,11 @@ https://huggingface.co/xverse/XVERSE-13B, https://huggingface.co/xverse/XVERSE-M
 of the second names its experts.
 """
 
-from model_defs.decoder import DecoderSpec, Layer, PreNorm
+from model_defs.decoder import DecoderSpec, pre_norm_decoder
 from model_defs.hf_config import HFConfig
-from model_defs.layers.attention import GQA, head_dim_from_hf
+from model_defs.layers.attention import GQA
 from model_defs.layers.mlp import MLP
 from model_defs.layers.moe import MoE, SoftmaxTopK
-from model_defs.layers.norm import RMSNorm
-from model_defs.layers.rope import rope_from_hf
 from model_defs.llama import HF_LLAMA, tied_head
 from model_defs.registry import register
 from model_defs.weights import Rename, Rule
@@ -23,21 +21,15 @@ def xverse_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 @register(
     "XverseForCausalLM",
     weights=xverse_weights,
-    ignored=("max_tokenizer_truncation", "output_router_logits", "router_aux_loss_coef"),
+    ignored=("max_tokenizer_truncation",),
     examples=("xverse/XVERSE-7B-Chat", "xverse/XVERSE-13B", "xverse/XVERSE-MoE-A4.2B"),
     reference="original",
 )
 def xverse(cfg: HFConfig) -> DecoderSpec:
     cfg.expect("pretraining_tp", 1)
-    norm = RMSNorm(cfg["rms_norm_eps"])
     bias = cfg.get("attention_bias", False)
-    rope = rope_from_hf(cfg, head_dim_from_hf(cfg))
-    layer = Layer(
-        mixer=GQA.from_hf(cfg, position=rope, qkv_bias=bias, out_bias=bias),
-        ffn=_feed_forward(cfg),
-        norms=PreNorm(norm),
-    )
-    return DecoderSpec.from_hf(cfg, layers=[layer] * cfg["num_hidden_layers"], final_norm=norm)
+    mixer = GQA.with_rope(cfg, qkv_bias=bias, out_bias=bias)
+    return pre_norm_decoder(cfg, mixer, _feed_forward(cfg))
 
 
 def _feed_forward(cfg: HFConfig) -> MLP | MoE:

@@ -21,7 +21,7 @@ from model_defs.hf_config import HFConfig
 from model_defs.interface import Cache, CacheSpec, ForwardBatch
 from model_defs.layers.linear import BuildContext, Linear
 from model_defs.layers.norm import Norm, RMSNormModule
-from model_defs.layers.rope import Rope
+from model_defs.layers.rope import Rope, rope_from_hf
 from model_defs.sharding import DATA, Axis, head_layout
 from pallas_kernels.ragged_paged_attention import (
     BlockSparse,
@@ -108,6 +108,11 @@ class GQA:
         heads = cfg["num_attention_heads"]
         kv_heads = cfg.get("num_key_value_heads", heads)
         return cls(heads, kv_heads, head_dim_from_hf(cfg), **rest)
+
+    @classmethod
+    def with_rope(cls, cfg: HFConfig, **rest: Any) -> GQA:
+        """The same with the rope of the config, over whole heads unless it says otherwise."""
+        return cls.from_hf(cfg, position=rope_from_hf(cfg, head_dim_from_hf(cfg)), **rest)
 
     def build(self, ctx: BuildContext, embed: Axis) -> GQAModule:
         return GQAModule(self, ctx, embed)

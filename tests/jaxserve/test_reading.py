@@ -164,18 +164,6 @@ def test_64_texts_equal_the_reference_and_one_at_a_time(
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
-def test_vectors_equal_those_of_sentence_transformers(
-    bare: tuple[Path, Any], make_llm: Callable[..., LLM]
-) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    folder, _ = bare
-    write_modules(folder, {"pooling_mode_mean_tokens": True}, normalize=True)
-    reference = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-    texts = texts_of(8)
-    for ours, theirs in zip(make_llm(folder).embed(texts), reference.encode(texts), strict=True):
-        assert cosine(ours, theirs) >= MIN_COSINE
-
-
 def test_a_generating_checkpoint_gives_vectors_when_asked(
     make_checkpoint: Callable[..., tuple[Path, Any]], make_llm: Callable[..., LLM]
 ) -> None:
@@ -333,6 +321,25 @@ def test_the_openai_client_reads_vectors(embedding_url: str) -> None:
         np.testing.assert_allclose(a.embedding, b.embedding, atol=1e-6)
     num_bytes = sum(map(len, texts))
     assert as_floats.usage.prompt_tokens == as_floats.usage.total_tokens == num_bytes
+
+
+@pytest.mark.parametrize("mode", ["mean", "lasttoken", "cls"])
+def test_the_openai_client_gets_what_sentence_transformers_computes(
+    start: Callable[..., str], make_checkpoint: Callable[..., tuple[Path, Any]], mode: str
+) -> None:
+    from sentence_transformers import SentenceTransformer  # takes seconds
+
+    folder, _ = make_checkpoint("Qwen2Model")
+    write_modules(folder, {"pooling_mode": mode}, normalize=True)
+    texts = texts_of(16)
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=4)
+    client = openai.OpenAI(base_url=f"{start(folder)}/v1", api_key="none")
+    ours = client.embeddings.create(model="tiny", input=texts).data
+    assert len(ours) == len(theirs) == 16
+    for one, expected in zip(ours, theirs, strict=True):
+        vector = np.array(one.embedding)
+        assert cosine(vector, expected) >= MIN_COSINE
+        np.testing.assert_allclose(vector, expected, atol=2e-5)
 
 
 def test_every_kind_of_input_gives_the_same_vector(embedding_url: str) -> None:

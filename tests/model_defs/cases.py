@@ -22,6 +22,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from model_defs.decoder import DecoderSpec
+from model_defs.layers.moe import MoE
 from model_defs.layers.rope import DynamicNTK, LongRope, PromptNTK
 from model_defs.registry import Family, family_of, list_families
 
@@ -42,7 +43,7 @@ class Case:
     Attributes:
         hf_logits: of every position of each prompt, run alone.
         hf_greedy: the reference's greedy tokens with its KV cache; empty without an LM head.
-        live: transformers' own configuration class wrote the config.
+        saved: where transformers keeps the model; None for those that it lacks.
     """
 
     family: Family
@@ -51,7 +52,7 @@ class Case:
     prompts: list[list[int]]
     hf_logits: list[np.ndarray]
     hf_greedy: list[list[int]]
-    live: bool
+    saved: Path | None = None
 
     @cached_property
     def model(self) -> harness.Model:
@@ -68,6 +69,10 @@ class Case:
     @cached_property
     def greedy(self) -> list[list[int]]:
         return greedy(self.model, self.prompts)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(isinstance(layer.ffn, MoE) for layer in self.spec.layers)
 
     def needs_lm_head(self) -> None:
         if self.spec.task != "generate":
@@ -107,7 +112,7 @@ def live_case(family: Family, index: int, folder: Path) -> Case:
     if hf_reference.has_lm_head(hf_model):
         greedy = [hf_reference.hf_greedy(hf_model, p, NEW_TOKENS)[0] for p in prompts]
     logits = hf_reference.hf_logits(hf_model, prompts)
-    return Case(family, config, tensors, prompts, logits, greedy, live=True)
+    return Case(family, config, tensors, prompts, logits, greedy, folder)
 
 
 def golden_case(folder: Path) -> Case:
@@ -123,7 +128,7 @@ def golden_case(folder: Path) -> Case:
         greedy = arrays["greedy_cached"] if "greedy_cached" in arrays else arrays.get("greedy", [])
     greedy = [row[:NEW_TOKENS].tolist() for row in greedy]
     tensors = load_file(folder / "model.safetensors")
-    return Case(family_of(config), config, tensors, prompts, logits, greedy, live=False)
+    return Case(family_of(config), config, tensors, prompts, logits, greedy)
 
 
 def architecture_of(folder: Path) -> str:
@@ -144,6 +149,13 @@ def worst(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
         assert a.shape == b.shape
     largest = max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True))
     return float(largest / np.concatenate(list(theirs)).std())
+
+
+def rms_error(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """The root mean square of the differences, in standard deviations of the reference's logits."""
+    expected = np.concatenate(list(theirs))
+    difference = np.concatenate(list(ours)).astype(np.float32) - expected
+    return float(np.sqrt(np.square(difference).mean()) / expected.std())
 
 
 def greedy(model: harness.Model, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -16,7 +16,7 @@ import pytest
 
 from model_defs.registry import Family, family_of, list_families
 
-from .cases import CASES, Case, golden_case, live_case
+from .cases import CASES, GOLDENS, Case, golden_case, live_case
 
 CONFIGS = Path(__file__).resolve().parents[1] / "data" / "configs"
 HERE = Path(__file__).parent
@@ -70,6 +70,9 @@ def is_about(item: pytest.Item, model: str, family: Family) -> bool:
         if registered is None:  # a stored golden
             registered = family_of(json.loads((which / "config.json").read_text()))
         return registered is family
+    if "golden" in values:
+        config = json.loads((GOLDENS / values["golden"] / "config.json").read_text())
+        return family_of(config) is family
     return values.get("family") is family
 
 
@@ -87,6 +90,18 @@ def case(
     else:
         yield live_case(family, which, tmp_path_factory.mktemp(family.name))
     jax.clear_caches()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the largest of each error that tests recorded, and where it was."""
+    worst: dict[str, tuple[float, str]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                place = report.nodeid.rpartition("[")[2].rstrip("]")
+                worst[name] = max(worst.get(name, (0.0, "")), (value, place))
+    for name, (value, place) in sorted(worst.items()):
+        terminalreporter.write_line(f"{name}: {value:.3g} ({place})")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,7 +7,7 @@ computes any mixture of decode rows and prompt chunks, giving the logits of ever
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -65,11 +65,12 @@ def load(
     dp_size: int = 1,
     tp_size: int = 1,
     ep_size: int = 1,
+    dtype: Any = np.float32,
 ) -> Model:
     """Build the model of a `config.json` and fill it from checkpoint tensors, shard by shard."""
     family = family_of(config)
     spec = family.spec(config)
-    ctx = context(dp_size, tp_size, ep_size=ep_size)
+    ctx = context(dp_size, tp_size, dtype, ep_size)
     module = spec.build(ctx)
     weight_plan = plan(family.rules(config), headers(tensors), canonical_shapes(module))
 
@@ -92,6 +93,13 @@ def load(
         for path, param in nnx.to_flat_state(params)
     ]
     return Model(spec, module, ctx.rules, weight_plan, graphdef, nnx.from_flat_state(flat))
+
+
+def refilled(model: Model, config: Mapping[str, Any], tensors: Tensors) -> Model:
+    """The same model on one device with other tensors; what was compiled for it is used again."""
+    leaves = jax.tree.leaves(load(config, tensors).params)
+    params = jax.tree.unflatten(jax.tree.structure(model.params), leaves)
+    return replace(model, params=params)
 
 
 # Compiling takes longer than running here, so the compiler is told not to try hard.

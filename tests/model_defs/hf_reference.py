@@ -68,6 +68,13 @@ def save(model: Any, folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
 
+def load_bfloat16(architecture: str, folder: Path) -> Any:
+    """The saved model with its weights in bfloat16."""
+    model_class = getattr(transformers, architecture)
+    options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    return model_class.from_pretrained(folder, **options).eval()
+
+
 def has_lm_head(model: Any) -> bool:
     return model.get_output_embeddings() is not None
 
@@ -81,9 +88,9 @@ def hf_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     with torch.no_grad():
         outputs = [body(torch.tensor([list(p)]), use_cache=False) for p in prompts]
         if has_lm_head(model):
-            return [output.logits[0].numpy() for output in outputs]
+            return [output.logits[0].float().numpy() for output in outputs]
         head = getattr(model, "score", torch.nn.Identity())
-        return [head(output.last_hidden_state)[0].numpy() for output in outputs]
+        return [head(output.last_hidden_state)[0].float().numpy() for output in outputs]
 
 
 def hf_greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:

@@ -132,11 +132,11 @@ def golden_config(name: str) -> dict[str, Any]:
     return json.loads((GOLDENS / name / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_formulas_equal_the_stored_outputs_of_the_original_code(name: str) -> None:
-    case = golden_case(GOLDENS / name)
+@pytest.mark.parametrize("golden", FORMULAS)
+def test_formulas_equal_the_stored_outputs_of_the_original_code(golden: str) -> None:
+    case = golden_case(GOLDENS / golden)
     given = formulas.Checkpoint(case.tensors)
-    ours = [FORMULAS[name](case.config, given, prompt) for prompt in case.prompts]
+    ours = [FORMULAS[golden](case.config, given, prompt) for prompt in case.prompts]
     assert worst(ours, case.hf_logits) < TOLERANCE / 10
 
 
@@ -152,22 +152,19 @@ def test_the_other_gelu_equals_the_stored_outputs_of_the_other_code() -> None:
         assert worst(harness.full_logits(model, case.prompts), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_equals_its_formulas(variant: str) -> None:
-    name, changes = VARIANTS[variant]
-    config = {**golden_config(name), **changes}
+@pytest.mark.parametrize(("golden", "changes"), VARIANTS.values(), ids=VARIANTS)
+def test_a_variant_equals_its_formulas(golden: str, changes: dict[str, Any]) -> None:
+    config, formula = {**golden_config(golden), **changes}, FORMULAS[golden]
     checkpoint = formulas.Checkpoint()
     rng = np.random.default_rng(1)
     top = min(config.get("padded_vocab_size", 259), 259)
     prompts = [rng.integers(3, top, length).tolist() for length in LENGTHS]
-    expected = [FORMULAS[name](config, checkpoint, prompt) for prompt in prompts]
-    plain = [FORMULAS[name](golden_config(name), formulas.Checkpoint(), p) for p in prompts]
+    expected = [formula(config, checkpoint, prompt) for prompt in prompts]
+    plain = [formula(golden_config(golden), formulas.Checkpoint(), p) for p in prompts]
     if plain[0].shape == expected[0].shape:
         assert worst(expected, plain) > 100 * TOLERANCE  # the change is one that matters
 
     model = harness.load(config, checkpoint.tensors)
-    case = GoldenCase(
-        family_of(config), config, checkpoint.tensors, prompts, expected, [], live=False
-    )
+    case = GoldenCase(family_of(config), config, checkpoint.tensors, prompts, expected, [])
     assert worst(harness.full_logits(model, prompts), expected) <= TOLERANCE
     assert worst(ragged(case, model), expected) <= TOLERANCE

@@ -6,7 +6,6 @@ import pytest
 from flax import nnx
 
 from model_defs.decoder import placements
-from model_defs.layers.moe import MoE
 
 from . import harness
 from .cases import TOLERANCE, Case, greedy, ragged, worst
@@ -20,7 +19,7 @@ def test_sharded_equals_unsharded(case: Case, dp_size: int, tp_size: int) -> Non
 
 
 def test_experts_over_their_own_mesh_axis_equal_unsharded(case: Case) -> None:
-    if not any(isinstance(layer.ffn, MoE) for layer in case.spec.layers):
+    if not case.has_experts:
         pytest.skip("a model without experts")
     check_mesh(case, harness.load(case.config, case.tensors, tp_size=4, ep_size=2))
 
