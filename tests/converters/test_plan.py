@@ -139,10 +139,10 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(lines) == 1 + 30 + 1 + 1
     row = next(line for line in lines if line.startswith("model.layers.2.mlp.down_proj.weight"))
     assert "decoder.layers.2.ffn.down_proj.weight" in row
-    assert row.endswith("(tensor, -, -)")
+    assert row.endswith("(expert+tensor, -, -)")
     assert lines[-2] == "not used: model.layers.0.rotary_emb.inv_freq"
     assert "30 tensors, " in lines[-1]
-    assert "data 2 x tensor 16" in lines[-1]
+    assert "data 2 x expert 1 x tensor 16" in lines[-1]
 
 
 def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,11 +150,11 @@ def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["plan", str(folder), "--json", "--tp", "2"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["architecture"] == "LlamaForCausalLM"
-    assert content["mesh"] == {"data": 1, "tensor": 2}
+    assert content["mesh"] == {"data": 1, "expert": 1, "tensor": 2}
     assert content["dropped"] == []
     assert len(content["tensors"]) == 30
     assert content["tensors"][0]["name"] == "decoder.embed.weight"
-    assert content["tensors"][0]["sharding"] == ["tensor", None]
+    assert content["tensors"][0]["sharding"] == [["expert", "tensor"], None]
 
 
 def test_a_terminal_gets_a_grid(

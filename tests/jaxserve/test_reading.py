@@ -49,7 +49,7 @@ CONVERSATION = [
     {"role": "user", "content": "Is the sea salty?"},
     {"role": "assistant", "content": "It is."},
 ]
-SMALL = {"device": "cpu", "compile_cache_dir": "none", "page_size": 8, "chunked_prefill_size": 64}
+SMALL = {"device": "cpu", "page_size": 8, "chunked_prefill_size": 64}
 
 
 def write_modules(folder: Path, pooling: dict[str, Any], *, normalize: bool) -> None:

@@ -62,7 +62,9 @@ def test_every_layer_runs_the_kernel_on_its_cache_in_place(case, step: Step) -> 
     local_cache = (NUM_PAGES[chip], 8 // TP_SIZE, 128, 256)
     assert tpu_aot.arrays_made(text, local_cache) == []
     cache_bytes = NUM_PAGES[chip] * runner.page_bytes
-    assert 0 <= compiled.memory_analysis().alias_size_in_bytes - cache_bytes < 4096
+    state = jax.tree.leaves(runner.state_structs(runner.max_rows))
+    donated = cache_bytes + sum(array.size * array.dtype.itemsize for array in state)
+    assert 0 <= compiled.memory_analysis().alias_size_in_bytes - donated < 4096
 
 
 def test_two_all_reduces_a_layer_and_no_weight_is_gathered(case, step: Step) -> None:
