@@ -22,6 +22,7 @@ def deepseek_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     "DeepseekForCausalLM",
     weights=deepseek_weights,
     examples=("deepseek-ai/deepseek-moe-16b-chat", "deepseek-ai/deepseek-moe-16b-base"),
+    bfloat16_tolerance=0.04,
     reference="original",
 )
 def deepseek(cfg: HFConfig) -> DecoderSpec:

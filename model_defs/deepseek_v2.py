@@ -106,6 +106,7 @@ TINY_YARN = {
     weights=deepseek_weights,
     ignored=("ep_size",),
     examples=("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-ai/DeepSeek-V2-Chat"),
+    bfloat16_tolerance=0.04,
     tiny=(
         {**TINY_DEEPSEEK, "q_lora_rank": None},
         {

@@ -49,6 +49,7 @@ TINY_MOE = {**TINY, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_
     "Qwen2MoeForCausalLM",
     weights=moe_weights,
     examples=("Qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen/Qwen2-57B-A14B-Instruct"),
+    bfloat16_tolerance=0.03,
     tiny=(
         {**TINY_MOE, "shared_expert_intermediate_size": 48},
         {
