@@ -11,7 +11,7 @@ import importlib
 import json
 from pathlib import Path
 
-from jaxserve.config import EngineConfig, add_flags, add_model, from_args, take_model
+from jaxserve.config import ConfigError, EngineConfig, add_flags, add_model, from_args, take_model
 from jaxserve.log import ProgressDisplay
 from jaxserve.verification.reference import NUM_PROMPTS
 
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the comparison; return 0 when everything agrees, else 1."""
     take_model(args, "verify")
     config = from_args(EngineConfig, args)
+    if config.load_format == "dummy":
+        raise ConfigError("--load-format dummy: random weights have nothing to be compared with")
     # Deferred: JAX and torch should not delay `--help` and the checks above.
     verification = importlib.import_module("jaxserve.verification.run")
     report = importlib.import_module("jaxserve.verification.report")

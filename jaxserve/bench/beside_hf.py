@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxserve.bench import report
-from jaxserve.config import EngineConfig, from_args
+from jaxserve.config import ConfigError, EngineConfig, from_args
 from jaxserve.engine.engine import Engine
 from jaxserve.log import ProgressDisplay
 from jaxserve.request import SamplingParams
@@ -49,6 +49,8 @@ def cases(output_tokens: int) -> tuple[Case, ...]:
 def run(args: argparse.Namespace) -> int:
     """`jaxserve bench throughput --hf`."""
     config = from_args(EngineConfig, args)
+    if config.load_format == "dummy":
+        raise ConfigError("--load-format dummy: transformers loads a checkpoint's own weights")
     results = measure(config, repeats=args.repeats, output_tokens=args.output_tokens)
     for result in results:
         report.json_line(result)
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(config: EngineConfig, *, repeats: int, output_tokens: int) -> list[dict[str, object]]:
     """Median tokens/s of every case, and the ratio to transformers."""
     with ProgressDisplay() as progress:
-        engine = Engine(config, progress=progress)
+        engine = Engine(config, progress=progress, needs_tokenizer=False)
         engine.wait_until_warm()
         runners: dict[str, Callable[[Case, list[list[int]]], float]] = {
             "jaxserve": lambda case, prompts: _time_engine(engine, case, prompts)

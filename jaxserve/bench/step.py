@@ -29,7 +29,7 @@ def measure_steps(
     """Median time between two steps' results while `rows` requests of `context` tokens decode."""
     results = []
     with ProgressDisplay() as progress:
-        engine = Engine(config, progress=progress)
+        engine = Engine(config, progress=progress, needs_tokenizer=False)
         engine.wait_until_warm()
         for context in contexts:
             for num_rows in rows:

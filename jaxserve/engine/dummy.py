@@ -5,7 +5,9 @@ What is measured with them costs what the real model costs; what is written with
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from functools import cache, partial
 
 import jax
@@ -19,6 +21,8 @@ from jaxserve.engine.loader import Model
 from model_defs.layers.linear import Placed
 from model_defs.layers.norm import LayerNormModule, RMSNormModule
 
+logger = logging.getLogger(__name__)
+
 GOLDEN = 0x9E3779B9  # 2**32 / the golden ratio: multiples of it are spread evenly
 
 
@@ -29,6 +33,7 @@ def dummy_params(model: Model, seed: int, progress: Progress | None = None) -> t
     as large; norms scale by 1; biases and other vectors are 0. Nothing is made on the host, and no
     temporary is larger than a parameter.
     """
+    start_s = time.perf_counter()
     constants = _constants(model.module)
     paths = _paths(model.module)
     arrays = []
@@ -44,6 +49,12 @@ def dummy_params(model: Model, seed: int, progress: Progress | None = None) -> t
         arrays.append(array)
         if progress is not None:
             progress("making random weights", index + 1, len(paths))
+    jax.block_until_ready(arrays)
+    logger.info(
+        "random weights: %.2f GB in %.2f s",
+        sum(array.nbytes for array in arrays) / 1e9,
+        time.perf_counter() - start_s,
+    )
     return tuple(arrays)
 
 

@@ -184,6 +184,7 @@ def test_offline_benchmarks_need_no_web_framework_and_no_tokenizer(tiny: list[st
         (["latency", "--suite", "h100-llama", "--cases", "1x1/1"], "error: --suite and --cases"),
         (["throughput", "--output-tokens", "3"], "error: --output-tokens belongs to --hf"),
         (["throughput", "--hf", "--cases", "1x1/1"], "error: --hf has its own cases"),
+        (["throughput", "--hf"], "error: --load-format dummy: transformers loads"),
         (["serve", "--url", "http://127.0.0.1:9"], "error: --url names a server that runs"),
     ],
 )
