@@ -24,6 +24,8 @@ from model_defs.sharding import DATA, ShardingRules, make_mesh
 from model_defs.weights import WeightPlan, plan
 from pallas_kernels.ragged_paged_attention import cache_axes, cache_shape
 
+from ..quick_compile import quick_jit
+
 Tensors = Mapping[str, np.ndarray]
 
 TOKENS, ROWS, PAGE_SIZE, PAGES_PER_ROW = 128, 4, 4, 32  # of one step, per rank
@@ -102,13 +104,7 @@ def refilled(model: Model, config: Mapping[str, Any], tensors: Tensors) -> Model
     return replace(model, params=params)
 
 
-# Compiling takes longer than running here, so the compiler is told not to try hard.
-@partial(
-    jax.jit,
-    static_argnums=0,
-    donate_argnums=2,
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+@partial(quick_jit, static_argnums=0, donate_argnums=2)
 def _step(graphdef, params, caches, batch: ForwardBatch):
     """Return outputs of every token `[T, V]`, those at `sample_at` `[R, V]` and the new caches."""
     model = nnx.merge(graphdef, params)

@@ -19,6 +19,8 @@ from pallas_kernels.ragged_paged_attention import (
 )
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, WIDTHS, ArgSpec
 
+from ..quick_compile import quick_jit
+
 NAMES = [spec.name for spec in ARG_SPECS]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
@@ -27,13 +29,13 @@ def relative_error(spec: ArgSpec, seed: int, **options) -> float:
     """Of the kernels in interpret mode against the float32 reference; checks the cache too."""
     arguments = spec.arguments(seed, platform="gpu")
     exact = [x if x is None or x.dtype == jnp.int32 else x.astype(jnp.float32) for x in arguments]
-    wanted, wanted_cache = jax.jit(
+    wanted, wanted_cache = quick_jit(
         partial(ragged_paged_attention, **spec.options(), implementation="reference")
     )(*exact)
     given = spec.options()
     per_head = given.pop("alibi_slopes"), given.pop("block_offsets")
     call = partial(gpu.ragged_paged_attention, **given, **{"interpret": True, **options})
-    out, cache = jax.jit(call)(*arguments, *per_head)
+    out, cache = quick_jit(call)(*arguments, *per_head)
     np.testing.assert_array_equal(np.asarray(cache, np.float32), np.asarray(wanted_cache))
     difference = np.asarray(out, np.float64) - np.asarray(wanted, np.float64)
     return float(np.linalg.norm(difference) / max(1e-30, np.linalg.norm(np.asarray(wanted))))

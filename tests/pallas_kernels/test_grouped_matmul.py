@@ -13,6 +13,8 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.grouped_matmul.xla import block_size, blocks
 
+from ..quick_compile import quick_jit
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}  # of the largest result
 LARGE = 2**25  # multiplications of a row with a matrix of which the slow ones do not get more
 SMALL = ArgSpec("small", 200, 8, 64, 40, (3, 17, 0, 33, 1, 0, 9, 2))
@@ -29,7 +31,7 @@ def formula(x, w, group_sizes) -> np.ndarray:
 
 def check(spec: ArgSpec, implementation: str | None) -> None:
     arguments = spec.arguments()
-    out = jax.jit(lambda *a: grouped_matmul(*a, implementation=implementation))(*arguments)
+    out = quick_jit(lambda *a: grouped_matmul(*a, implementation=implementation))(*arguments)
     assert out.shape == (spec.num_rows, spec.outer)
     assert out.dtype == spec.dtype
     wanted = formula(*arguments)
@@ -72,7 +74,7 @@ def test_any_sizes_in_any_blocks(sizes: list[int], spare: int, block: int) -> No
 def test_matrices_of_empty_groups_are_not_touched() -> None:
     x, w, group_sizes = SMALL.arguments()
     poisoned = jnp.where((group_sizes == 0)[:, None, None], jnp.nan, w)
-    out = jax.jit(grouped_matmul)(x, poisoned, group_sizes)
+    out = quick_jit(grouped_matmul)(x, poisoned, group_sizes)
     np.testing.assert_allclose(out, formula(x, w, group_sizes), atol=1e-4)
 
 
@@ -108,7 +110,7 @@ def test_local_shapes_inside_shard_map() -> None:
         out_specs=jax.P(None, "n"),
         check_vma=False,
     )
-    out = jax.jit(sharded)(x, w, group_sizes)
+    out = quick_jit(sharded)(x, w, group_sizes)
     np.testing.assert_allclose(out, formula(x, w, group_sizes), atol=1e-4)
 
 

@@ -13,6 +13,8 @@ from pallas_kernels.ragged_paged_attention import hopper, reference
 from pallas_kernels.ragged_paged_attention.arg_specs import ArgSpec
 from pallas_kernels.ragged_paged_attention.layout import write_tokens
 
+from ..quick_compile import quick_jit
+
 try:
     InterpretGPUParams = getattr(plgpu, "InterpretGPUParams")  # noqa: B009  # JAX 0.11 and later.
 except AttributeError:
@@ -66,7 +68,7 @@ def test_interpreted_kernel_agrees_with_the_reference(config, changes):
     q, k, v, cache, *metadata = spec.arguments(seed=3, platform="gpu")
     cache = write_tokens(cache, k, v, *metadata)
     kernel = partial(hopper.prefill, **options(spec, config), interpret=InterpretGPUParams())
-    out = np.asarray(jax.jit(kernel)(q, cache, *metadata), np.float64)
+    out = np.asarray(quick_jit(kernel)(q, cache, *metadata), np.float64)
     kv_lens, page_table, query_starts, distribution = metadata
     wanted, _ = reference.ragged_paged_attention(
         q,

@@ -19,6 +19,8 @@ from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.ragged_paged_attention.layout import unpack_cache
 from pallas_kernels.ragged_paged_attention.xla import tile_blocks, tile_sizes, work_items
 
+from ..quick_compile import quick_jit
+
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
 SMALL = ArgSpec("small", (), 24, 6, 6, 2, 16, 16, page_size=4)
 NAMES = [spec.name for spec in ARG_SPECS]
@@ -28,7 +30,7 @@ def run(spec: ArgSpec, arguments, implementation: str | None = None):
     def call(*arrays):
         return ragged_paged_attention(*arrays, **spec.options(), implementation=implementation)
 
-    out, cache = jax.jit(call)(*arguments)
+    out, cache = quick_jit(call)(*arguments)
     return np.asarray(out, np.float32), cache
 
 
@@ -197,7 +199,7 @@ def test_per_head_arguments_are_split_with_the_heads(name):
     )
     heads, whole = jax.P(None, "x", None), jax.P()
     pages = jax.P(*("x" if axis == "kv_heads" else None for axis in cache_axes()))
-    out, _ = jax.jit(
+    out, _ = quick_jit(
         jax.shard_map(
             lambda each, *arrays: ragged_paged_attention(*arrays, **options, **{argument: each}),
             mesh=mesh,
@@ -244,7 +246,7 @@ def test_chunks_and_single_tokens_equal_one_prefill():
     whole = replace(SMALL, rows=((20, 20),), page_size=4)
     q, k, v, cache, kv_lens, page_table, query_starts, _ = whole.arguments()
     wanted, wanted_cache = run(whole, whole.arguments())
-    call = jax.jit(lambda *arrays: ragged_paged_attention(*arrays, **whole.options()))
+    call = quick_jit(lambda *arrays: ragged_paged_attention(*arrays, **whole.options()))
     start = 0
     for num_new in (7, 1, 9, 1, 1, 1):
         window = slice(start, start + num_new)
@@ -359,7 +361,7 @@ def test_local_shapes_inside_shard_map():
         in_specs=(heads, heads, heads, pages, jax.P(), jax.P(), jax.P(), jax.P()),
         out_specs=(heads, pages),
     )
-    out, cache = jax.jit(sharded)(*arguments)
+    out, cache = quick_jit(sharded)(*arguments)
     np.testing.assert_allclose(out, wanted, atol=1e-6)
     assert_same_cache(cache, wanted_cache)
 

@@ -24,6 +24,8 @@ from pallas_kernels.ragged_paged_attention import (
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.ragged_paged_attention.layout import unpack_cache
 
+from ..quick_compile import quick_jit
+
 RELATIVE_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}
 SEED = 11
 SMALL_MIX = ((1, 30), (1, 1), (9, 40), (0, 0), (3, 3))
@@ -54,12 +56,12 @@ def options_of(spec: ArgSpec) -> tuple[dict, tuple]:
 def run_tpu(spec: ArgSpec, arguments, **changes):
     options, per_head = options_of(spec)
     options |= {"interpret": pltpu.InterpretParams()} | changes
-    return jax.jit(partial(tpu.ragged_paged_attention, **options))(*arguments, *per_head)
+    return quick_jit(partial(tpu.ragged_paged_attention, **options))(*arguments, *per_head)
 
 
 def run_reference(spec: ArgSpec, arguments):
     options, per_head = options_of(spec)
-    return jax.jit(partial(reference.ragged_paged_attention, **options))(*arguments, *per_head)
+    return quick_jit(partial(reference.ragged_paged_attention, **options))(*arguments, *per_head)
 
 
 def assert_equal(spec: ArgSpec, found, wanted) -> None:
