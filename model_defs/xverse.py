@@ -20,6 +20,7 @@ def xverse_weights(cfg: HFConfig) -> tuple[Rule, ...]:
 
 @register(
     "XverseForCausalLM",
+    "XverseMoeForCausalLM",
     weights=xverse_weights,
     ignored=("max_tokenizer_truncation",),
     examples=("xverse/XVERSE-7B-Chat", "xverse/XVERSE-13B", "xverse/XVERSE-MoE-A4.2B"),

@@ -16,11 +16,16 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from jaxserve import cli, hf_reference
+from jaxserve import LLM, SamplingParams, cli, hf_reference
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.verification import compare, report
 from jaxserve.verification.compare import GreedyResult, Report, StageResult, Tally, compare_greedy
-from jaxserve.verification.reference import Reference, VerifyError, read_golden
+from jaxserve.verification.reference import (
+    Reference,
+    VerifyError,
+    make_prompts,
+    read_golden,
+)
 from jaxserve.verification.run import VerifyOptions, verify
 
 from ..model_defs import formulas
@@ -238,6 +243,28 @@ def test_the_demo_model_agrees_with_transformers(
         capsys, str(demo_model), "--prompts", "2", "--max-new-tokens", "16", "--tolerance", "1e-3"
     )
     assert code == 0 and found["passes"]
+
+
+BFLOAT16_STEP = 0.125  # between two numbers of the size of these models' best logits
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo", "gemma-270m"])
+def test_real_models_write_in_bfloat16_what_transformers_writes_in_it(name: str) -> None:
+    """16 tokens each. Where its two best logits are neighbours or equal, chance decides in both."""
+    with LLM(name, dtype="bfloat16", device="cpu", context_length=256, show_progress=False) as llm:
+        prompts = list(make_prompts(llm.tokenizer, 200, 5).values())
+        sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+        ours = [one.token_ids for one in llm.generate(prompts, sampling)]
+    model = hf_reference.load_reference(name, "bfloat16")
+    theirs = [hf_reference.greedy(model, prompt, 16) for prompt in prompts]
+    for tokens, expected in zip(ours, theirs, strict=True):
+        close = (i for i, margin in enumerate(expected.margins) if margin <= BFLOAT16_STEP)
+        decided = next(close, 16)
+        assert tokens[:decided] == expected.tokens[:decided]
+    same = sum(a == b.tokens for a, b in zip(ours, theirs, strict=True))
+    assert same >= 3  # of 5 texts, from the first token to the last
 
 
 def test_help_loads_neither_jax_nor_torch() -> None:
