@@ -25,8 +25,6 @@ CASES = [
     pytest.param(("v6e", 2, DECODE)),
     pytest.param(("v6e", 2, MIXED)),
     pytest.param(("v6e", LAYERS, DECODE), marks=pytest.mark.slow),
-    pytest.param(("v5e", LAYERS, MIXED), marks=pytest.mark.slow),
-    pytest.param(("v6e", LAYERS, MIXED), marks=pytest.mark.slow),
 ]
 Step = tuple[Runner, jax.stages.Compiled]
 
