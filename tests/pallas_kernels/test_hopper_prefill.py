@@ -13,15 +13,14 @@ from pallas_kernels.ragged_paged_attention import hopper, reference
 from pallas_kernels.ragged_paged_attention.arg_specs import ArgSpec
 from pallas_kernels.ragged_paged_attention.layout import write_tokens
 
-
 try:
     InterpretGPUParams = getattr(plgpu, "InterpretGPUParams")  # noqa: B009  # JAX 0.11 and later.
 except AttributeError:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 ROWS = ((1, 37), (70, 70), (0, 0), (5, 133), (33, 300))
-# Tokens enough that every tile of queries lies in the array. On a card, what lies past its end reads
-# as zeros; the interpreter raises in one of its threads, and the others wait for it forever.
+# Tokens enough that every tile of queries lies in the array. On a card, what lies past its end
+# reads as zeros; the interpreter raises in one of its threads, and the others wait for ever.
 SPEC = ArgSpec("ragged", ROWS, 256, 5, 4, 2, 64, 64, page_size=16, dtype="bfloat16")
 LLAMA = ArgSpec("llama", (), 2048, 8, 32, 8, 128, 128, page_size=16, dtype="bfloat16")
 SMALL = hopper.PrefillConfig(num_programs=2)
