@@ -227,6 +227,19 @@ def test_the_reference_is_consistent_with_itself(small: Path) -> None:
     np.testing.assert_array_equal(again.logits, at_once.logits)
 
 
+def test_the_reference_chooses_between_equal_logits_as_transformers_does(small: Path) -> None:
+    model = hf_reference.load_reference(small)
+    best = model.lm_head.weight.detach()[[100]]
+    model.lm_head.weight.data[:] = 0.0
+    model.lm_head.weight.data[[20, 100, 200]] = best  # equal logits, in 16 bits a common case
+    for prompt in ([72, 101], [108, 108, 111]):
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        written = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        found = hf_reference.greedy(model, prompt, 4)
+        assert found.tokens == written
+        assert found.margins == [0.0] * 4
+
+
 def test_the_reference_can_be_timed(small: Path) -> None:
     timer = hf_reference.HFTimer(small)
     assert timer.seconds([[1, 2, 3], [4, 5, 6]], 1) > 0
