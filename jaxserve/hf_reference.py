@@ -237,9 +237,10 @@ def greedy(
         out = model(
             torch.tensor([new]), **cache_argument(cache), use_cache=use_cache, logits_to_keep=1
         )
-        best = out.logits[0, -1].float().topk(2)
-        margins.append(float(best.values[0] - best.values[1]))
-        known.append(int(best.indices[0]))
+        logits = out.logits[0, -1].float()
+        first, second = logits.topk(2).values
+        margins.append(float(first - second))
+        known.append(int(logits.argmax()))  # of equal logits the first, which topk need not give
         cache, new = (cache_of(out), known[-1:]) if use_cache else (None, known)
     return Greedy(known[len(token_ids) :], margins)
 

@@ -238,6 +238,19 @@ def test_the_reference_is_consistent_with_itself(small: Path) -> None:
     np.testing.assert_array_equal(again.logits, at_once.logits)
 
 
+def test_the_reference_chooses_between_equal_logits_as_transformers_does(small: Path) -> None:
+    model = hf_reference.load_reference(small)
+    best = model.lm_head.weight.detach()[[100]]
+    model.lm_head.weight.data[:] = 0.0
+    model.lm_head.weight.data[[20, 100, 200]] = best  # equal logits, in 16 bits a common case
+    for prompt in ([72, 101], [108, 108, 111]):
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        written = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        found = hf_reference.greedy(model, prompt, 4)
+        assert found.tokens == written
+        assert found.margins == [0.0] * 4
+
+
 def test_the_reference_can_be_timed(small: Path) -> None:
     timer = hf_reference.HFTimer(small)
     assert timer.seconds([[1, 2, 3], [4, 5, 6]], 1) > 0
@@ -263,19 +276,34 @@ BFLOAT16_STEP = 0.125  # between two numbers of the size of these models' best l
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo", "gemma-270m"])
 def test_real_models_write_in_bfloat16_what_transformers_writes_in_it(name: str) -> None:
-    """16 tokens each. Where its two best logits are neighbours or equal, chance decides in both."""
+    """16 tokens each. Where its two best logits are neighbours or equal, chance decides in both.
+
+    After such a place ours goes on from the tokens of transformers, so that all 16 are compared.
+    """
+    model = hf_reference.load_reference(name, "bfloat16")
     with LLM(name, dtype="bfloat16", device="cpu", context_length=256, show_progress=False) as llm:
         prompts = list(make_prompts(llm.tokenizer, 200, 5).values())
-        sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-        ours = [one.token_ids for one in llm.generate(prompts, sampling)]
-    model = hf_reference.load_reference(name, "bfloat16")
-    theirs = [hf_reference.greedy(model, prompt, 16) for prompt in prompts]
-    for tokens, expected in zip(ours, theirs, strict=True):
-        close = (i for i, margin in enumerate(expected.margins) if margin <= BFLOAT16_STEP)
-        decided = next(close, 16)
-        assert tokens[:decided] == expected.tokens[:decided]
-    same = sum(a == b.tokens for a, b in zip(ours, theirs, strict=True))
-    assert same >= 3  # of 5 texts, from the first token to the last
+        theirs = [hf_reference.greedy(model, prompt, 16) for prompt in prompts]
+
+        def differing(given: list[int]) -> list[int]:
+            """Where each text differs first after `given` tokens of it; 16: nowhere."""
+            texts = [p + one.tokens[:n] for p, one, n in zip(prompts, theirs, given, strict=True)]
+            sampling = [
+                SamplingParams(temperature=0, max_tokens=max(16 - n, 1), ignore_eos=True)
+                for n in given
+            ]
+            places = []
+            for written, one, n in zip(llm.generate(texts, sampling), theirs, given, strict=True):
+                pairs = enumerate(zip(written.token_ids, one.tokens[n:], strict=False), n)
+                places.append(next((i for i, (ours, its) in pairs if ours != its), 16))
+            return places
+
+        places = differing([0] * len(prompts))
+        assert places.count(16) >= 3  # of 5 texts, from the first token to the last
+        while min(places) < 16:
+            for place, one in zip(places, theirs, strict=True):
+                assert place == 16 or one.margins[place] <= BFLOAT16_STEP
+            places = differing([min(place + 1, 16) for place in places])
 
 
 def test_help_loads_neither_jax_nor_torch() -> None:

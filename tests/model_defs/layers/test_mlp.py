@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -36,6 +37,16 @@ def test_mlp_is_its_formula(act: str, bias: bool, tp_size: int) -> None:
 
     inner = FORMULAS[act](linear("gate_proj", x)) * linear("up_proj", x)
     np.testing.assert_allclose(mlp(x), linear("down_proj", inner), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("act", FORMULAS)
+def test_an_activation_in_bfloat16_is_rounded_once(act: str) -> None:
+    gate = np.random.default_rng(0).normal(0, 3, 4096).astype(ml_dtypes.bfloat16)
+    found = np.asarray(MLP(1, act).combine(gate, np.ones_like(gate)))
+    assert found.dtype == ml_dtypes.bfloat16
+    exact = FORMULAS[act](gate.astype(np.float64))
+    half_step = 2.0**-8  # relative; the rest is for what float32 itself loses near zero
+    np.testing.assert_allclose(found.astype(np.float64), exact, rtol=1.01 * half_step, atol=1e-6)
 
 
 def test_unknown_activation_lists_the_known_ones() -> None:
