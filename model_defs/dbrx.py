@@ -59,7 +59,7 @@ def dbrx_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     weights=dbrx_weights,
     ignored=("emb_pdrop",),
     examples=("databricks/dbrx-instruct", "databricks/dbrx-base"),
-    bfloat16_tolerance=0.04,
+    bfloat16_tolerance=0.03,
     tiny=(
         TINY_DBRX,
         {

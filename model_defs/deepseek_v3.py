@@ -42,7 +42,7 @@ def block_scales(cfg: HFConfig) -> tuple[Rule, ...]:
     weights=deepseek_v3_weights,
     ignored=("ep_size", "num_mtp_layers", "num_nextn_predict_layers"),
     examples=("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1"),
-    bfloat16_tolerance=0.07,
+    bfloat16_tolerance=0.05,
     tiny=(
         {
             **TINY_DEEPSEEK,

@@ -33,7 +33,6 @@ def granite_moe_weights(cfg: HFConfig) -> tuple[Rule, ...]:
         "ibm-granite/granite-3.1-3b-a800m-instruct",
         "ibm-granite/granite-3.1-1b-a400m-instruct",
     ),
-    bfloat16_tolerance=0.03,
     tiny=(
         {**TINY_GRANITE, "intermediate_size": 24},
         {

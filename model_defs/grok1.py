@@ -40,7 +40,6 @@ def grok1_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     "Grok1ForCausalLM",
     weights=grok1_weights,
     examples=("hpcai-tech/grok-1",),
-    bfloat16_tolerance=0.04,
     reference="original",
 )
 def grok1(cfg: HFConfig) -> DecoderSpec:

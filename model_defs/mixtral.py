@@ -30,7 +30,6 @@ def mixtral_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     weights=mixtral_weights,
     ignored=("router_jitter_noise",),
     examples=("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
-    bfloat16_tolerance=0.05,
     tiny=(
         {**TINY, "intermediate_size": 48},
         {

@@ -20,7 +20,6 @@ TINY_EXPERTS = {**TINY, "intermediate_size": 24, "num_experts": 8, "num_experts_
     "OlmoeForCausalLM",
     weights=moe_weights,
     examples=("allenai/OLMoE-1B-7B-0125-Instruct", "allenai/OLMoE-1B-7B-0924"),
-    bfloat16_tolerance=0.03,
     tiny=(
         TINY_EXPERTS,
         {

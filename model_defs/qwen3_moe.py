@@ -18,7 +18,6 @@ from model_defs.registry import register
     "Qwen3MoeForCausalLM",
     weights=moe_weights,
     examples=("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B-Instruct-2507"),
-    bfloat16_tolerance=0.03,
     tiny=(
         {**TINY_MOE, "head_dim": 24, "norm_topk_prob": True},
         {**TINY_MOE, "num_experts": 6, "mlp_only_layers": [0], "attention_bias": True},

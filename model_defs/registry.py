@@ -42,8 +42,9 @@ class Family:
         tiny: fields of a small config for tests.
         home: the file it is declared in, for errors.
         bfloat16_tolerance: largest error of the outputs of its `tiny` models in bfloat16, as a root
-            mean square in standard deviations of the outputs. Experts that score nearly the same
-            are chosen by chance, so families with experts need more than others.
+            mean square in standard deviations of the outputs; of a model with experts, that of the
+            best three quarters of the tokens, because where two experts score nearly the same
+            rounding decides which of them a token goes to.
         task: what its models are for.
         reference: what the tests compare it with: transformers' class, or stored outputs of the
             original code or a transcription of it; None: they do not.

@@ -24,7 +24,6 @@ def xverse_weights(cfg: HFConfig) -> tuple[Rule, ...]:
     weights=xverse_weights,
     ignored=("max_tokenizer_truncation",),
     examples=("xverse/XVERSE-7B-Chat", "xverse/XVERSE-13B", "xverse/XVERSE-MoE-A4.2B"),
-    bfloat16_tolerance=0.03,
     reference="original",
 )
 def xverse(cfg: HFConfig) -> DecoderSpec:

@@ -151,11 +151,18 @@ def worst(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     return float(largest / np.concatenate(list(theirs)).std())
 
 
-def rms_error(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The root mean square of the differences, in standard deviations of the reference's logits."""
+def rms_error(
+    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, quantile: float | None = None
+) -> float:
+    """The root mean square of the differences, in standard deviations of the reference's logits.
+
+    quantile: that of the tokens, each taken alone, instead of all of them together.
+    """
     expected = np.concatenate(list(theirs))
     difference = np.concatenate(list(ours)).astype(np.float32) - expected
-    return float(np.sqrt(np.square(difference).mean()) / expected.std())
+    squares = np.square(difference).mean(-1)
+    chosen = squares.mean() if quantile is None else np.quantile(squares, quantile)
+    return float(np.sqrt(chosen) / expected.std())
 
 
 def greedy(model: harness.Model, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
