@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,26 +54,15 @@ def refuse(*_: Any) -> Any:
     raise AssertionError("a step was traced")
 
 
-@pytest.fixture(scope="module")
-def after_one_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first test that asks for `filled` keeps its cache folder."""
-    return tmp_path_factory.mktemp("after-one-start") / "cache"
-
-
 @pytest.fixture
 def filled(
-    after_one_start: Path,
-    tmp_path: Path,
-    model: TinyModel,
-    make_driver: MakeDriver,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, model: TinyModel, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A cache folder after one start; a test's own copy, to read, damage or empty."""
+    """A cache folder after one start."""
     monkeypatch.setattr(store_module, "IMPORTED_AT_S", float("inf"))  # others may edit meanwhile
-    if not after_one_start.exists():
-        started(make_driver, model, after_one_start)
-        assert len(stored(after_one_start)) == len(make_buckets(32, 4))
-    return Path(shutil.copytree(after_one_start, tmp_path / "cache"))
+    started(make_driver, model, tmp_path)
+    assert len(stored(tmp_path)) == len(make_buckets(32, 4))
+    return tmp_path
 
 
 def test_a_second_start_traces_nothing_and_gives_the_same_tokens(
