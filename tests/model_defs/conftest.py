@@ -92,18 +92,6 @@ def case(
     jax.clear_caches()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the largest of each error that tests recorded, and where it was."""
-    worst: dict[str, tuple[float, str]] = {}
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            for name, value in report.user_properties:
-                place = report.nodeid.rpartition("[")[2].rstrip("]")
-                worst[name] = max(worst.get(name, (0.0, "")), (value, place))
-    for name, (value, place) in sorted(worst.items()):
-        terminalreporter.write_line(f"{name}: {value:.3g} ({place})")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give `hub_id` the model asked for."""
     if "hub_id" in metafunc.fixturenames:
