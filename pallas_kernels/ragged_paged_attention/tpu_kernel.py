@@ -62,8 +62,12 @@ class Shape(NamedTuple):
         return max(tile, group)
 
 
-class Kernel(NamedTuple):
-    """The kernel's static arguments; calling it traces one grid step, which is one unit."""
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel's static arguments; calling it traces one grid step, which is one unit.
+
+    Not a tuple: JAX holds kernels by weak references, which tuples cannot have.
+    """
 
     shape: Shape
     blocks: Blocks
