@@ -16,25 +16,18 @@ from pallas_kernels.gpu_timing import copy_bytes_per_s, matmul_flops_per_s
 from pallas_kernels.grouped_matmul import bench as grouped_matmul
 from pallas_kernels.ragged_paged_attention import bench as ragged_paged_attention
 from pallas_kernels.ragged_paged_attention import gpu_bench
-from pallas_kernels.ragged_paged_attention.hopper import default_config
 
 OPS = {"ragged_paged_attention": ragged_paged_attention, "grouped_matmul": grouped_matmul}
 
 
-def gpu_attention_records(match: str, hopper: bool):
-    """Yield the JSON record of each case whose name contains `match`.
-
-    hopper: prompts through the kernel for Hopper GPUs, which is not in use yet.
-    """
+def gpu_attention_records(match: str):
+    """Yield the JSON record of each case whose name contains `match`."""
     device = jax.devices()[0]
     bytes_ceiling, flops_ceiling = copy_bytes_per_s(), matmul_flops_per_s()
     for case in gpu_bench.CASES:
         if match not in case.name:
             continue
-        config = default_config(case.head_dim, case.num_heads // case.num_kv_heads)
-        seconds = gpu_bench.time_case_s(
-            case, device_kind=device.device_kind, hopper_prefill=config if hopper else None
-        )
+        seconds = gpu_bench.time_case_s(case, device_kind=device.device_kind)
         record = {
             "op": "ragged_paged_attention",
             "case": case.name,
@@ -60,16 +53,11 @@ def main() -> None:
     )
     parser.add_argument("op", nargs="?", choices=sorted(OPS), help="default: all of them")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument(
-        "--hopper",
-        action="store_true",
-        help="on a GPU, prompts through the kernel for Hopper cards, which is not in use yet",
-    )
     arguments, rest = parser.parse_known_args()
     on_gpu = jax.default_backend() == "gpu"
     for op in [arguments.op] if arguments.op else OPS:
         if on_gpu and op == "ragged_paged_attention":
-            for record in gpu_attention_records(arguments.match, arguments.hopper):
+            for record in gpu_attention_records(arguments.match):
                 print(json.dumps(record), flush=True)
         else:
             OPS[op].main(["--match", arguments.match, *rest])

@@ -15,7 +15,7 @@ from collections import defaultdict
 import jax
 
 from pallas_kernels import tuning
-from pallas_kernels.ragged_paged_attention import gpu, gpu_bench
+from pallas_kernels.ragged_paged_attention import gpu_bench
 
 
 def best_of(times_s: dict[str, dict[object, float]]) -> object:
@@ -30,22 +30,23 @@ def best_of(times_s: dict[str, dict[object, float]]) -> object:
 
 def tune_attention(match: str, device: jax.Device) -> None:
     """Time every candidate of every case; prints a JSON line each, then writes the best."""
-    times: dict[tuple[str, str], dict[str, dict[gpu.Tiling, float]]] = defaultdict(dict)
+    times: dict[tuple[str, str], dict[str, dict[object, float]]] = defaultdict(dict)
     for case in gpu_bench.CASES:
         if match not in case.name:
             continue
-        op = gpu.DECODE if case.is_decode else gpu.PREFILL
+        op, candidates = gpu_bench.candidates(case, device.device_kind)
         seconds = times[op, case.key()].setdefault(case.name, {})
-        for tiling in gpu_bench.tilings(case):
+        for sizes in candidates:
             try:
-                seconds[tiling] = gpu_bench.time_case_s(
-                    case, device_kind=device.device_kind, tiling=tiling
+                seconds[sizes] = gpu_bench.time_case_s(
+                    case, device_kind=device.device_kind, sizes=sizes
                 )
-            except jax.errors.JaxRuntimeError as error:  # sizes this card has no room for
-                print(json.dumps({"case": case.name, "tiling": str(tiling), "error": str(error)}))
+            except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # too large, say
+                print(json.dumps({"case": case.name, "sizes": str(sizes), "error": str(error)}))
                 continue
-            micros = round(1e6 * seconds[tiling], 1)
-            print(json.dumps({"case": case.name, "us": micros, **dataclasses.asdict(tiling)}))
+            micros = round(1e6 * seconds[sizes], 1)
+            record = {"case": case.name, "us": micros, **dataclasses.asdict(sizes)}
+            print(json.dumps(record), flush=True)
     for (op, key), cases in times.items():
         best = best_of(cases)
         measured = {name: round(1e6 * seconds[best], 1) for name, seconds in cases.items()}

@@ -17,6 +17,7 @@ Softmax in float32 with base-2 exponentials; products in the dtype of q with flo
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from pallas_kernels.ragged_paged_attention.layout import (
 from pallas_kernels.tuning import shape_key, tuned
 
 DECODE, PREFILL = "ragged_paged_attention.decode", "ragged_paged_attention.prefill"
+HOPPER_PREFILL = "ragged_paged_attention.hopper_prefill"
 LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
 _ITEMS = 16  # of one row that a trip of the merge takes
@@ -154,6 +156,16 @@ def prefill_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
     return Tiling(128, 64, 8, 3)
 
 
+def hopper_config(problem: Problem, device_kind: str | None) -> hopper.PrefillConfig | None:
+    """Sizes of the kernel for Hopper GPUs; None where the device is none, or unknown."""
+    if not hopper.is_hopper(device_kind) or problem.interpret:
+        return None
+    measured = tuned(device_kind, HOPPER_PREFILL, tuning_key(problem))
+    if measured is not None:
+        return hopper.PrefillConfig(**measured)
+    return hopper.default_config(problem.head_dim, problem.group)
+
+
 def tuning_key(problem: Problem) -> str:
     """What the best sizes depend on; pages of 16 tokens and more behave alike."""
     return shape_key(
@@ -184,7 +196,7 @@ def ragged_paged_attention(
     decode_only: bool = False,
     device_kind: str | None = None,
     decode: Tiling | None = None,
-    prefill: Tiling | None = None,
+    prefill: Tiling | hopper.PrefillConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.ragged_paged_attention`; tilings are chosen here where they are None."""
@@ -232,17 +244,18 @@ def attend(
     decode_only: bool = False,
     device_kind: str | None = None,
     decode: Tiling | None = None,
-    prefill: Tiling | None = None,
-    hopper_prefill: hopper.PrefillConfig | None = None,
+    prefill: Tiling | hopper.PrefillConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention over pages that hold the step's keys and values already: [T, N, Hv].
 
-    Arguments as of `api.ragged_paged_attention`; tilings are chosen here where they are None.
-    hopper_prefill: take the kernel in `hopper` for rows of several tokens. It has not run on a
-      card yet, so nothing chooses it by itself.
+    Arguments as of `api.ragged_paged_attention`.
+    decode, prefill: sizes, chosen here where they are None. Those for rows of several tokens choose
+      the kernel, too: the one in `hopper` wherever the device is such a GPU and it takes the call.
+
+    Raises NotImplementedError where a `PrefillConfig` is given for what `hopper` does not do.
     """
-    num_tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     problem = Problem(
         num_heads=num_heads,
         num_kv_heads=cache.shape[1],
@@ -259,15 +272,11 @@ def attend(
         interpret=interpret,
     )
     decode = decode or decode_tiling(problem, device_kind)
-    prefill = prefill or prefill_tiling(problem, device_kind)
     per_head = [x for x in (alibi_slopes, block_offsets) if x is not None]
     rows = (kv_lens, query_starts, distribution)
     out = None
-    if hopper_prefill is not None and not decode_only:
-        out = _hopper_prefill(problem, hopper_prefill, page_table, q, cache, rows)
-    elif not decode_only:
-        tiles = prefill_tiles(problem, prefill, num_tokens, *rows)
-        out = _prefill(problem, prefill, tiles, page_table, q, cache, per_head)
+    if not decode_only:
+        out = _of_prompts(problem, prefill, device_kind, page_table, q, cache, rows, per_head)
     items, spans = decode_items(problem, decode, *rows)
     partial_out = _decode(problem, decode, items, page_table, q, cache, per_head)
     return _merge(problem, spans, *partial_out, q, out)
@@ -535,6 +544,20 @@ def _prefill(problem, tiling, tiles, page_table, q, cache, per_head):
     )(tiles, page_table, q, cache, *per_head)
 
 
+def _of_prompts(problem, sizes, device_kind, page_table, q, cache, rows, per_head):
+    """Attention of the rows of several tokens, zero for padding: [T, N, Hv]."""
+    if sizes is None:
+        config = hopper_config(problem, device_kind)
+        if config is not None:
+            with contextlib.suppress(NotImplementedError):
+                return _hopper_prefill(problem, config, page_table, q, cache, rows)
+        sizes = prefill_tiling(problem, device_kind)
+    if isinstance(sizes, hopper.PrefillConfig):
+        return _hopper_prefill(problem, sizes, page_table, q, cache, rows)
+    tiles = prefill_tiles(problem, sizes, q.shape[0], *rows)
+    return _prefill(problem, sizes, tiles, page_table, q, cache, per_head)
+
+
 def _hopper_prefill(problem, config, page_table, q, cache, rows):
     """What `_prefill` computes, by the kernel for Hopper GPUs."""
     if problem.shared_kv or problem.alibi or problem.sparse:
@@ -552,8 +575,31 @@ def _hopper_prefill(problem, config, page_table, q, cache, rows):
         softcap=problem.softcap,
         config=config,
     )
-    tokens = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None, None]
-    return jnp.where(tokens < query_starts[distribution[2]], out, 0)
+    return _clear_from(query_starts[distribution[2]], out)
+
+
+def _clear_from(live, x):
+    """Zero x[live:] in place; an elementwise pass would read and write all of it."""
+    num_tokens, width = x.shape[0], math.prod(x.shape[1:])
+    size = pl.next_power_of_2(width)
+
+    def kernel(live_ref, _, x_ref):
+        token = pl.program_id(0)
+
+        @pl.when(token >= live_ref[0])
+        def _():
+            columns = jnp.arange(size, dtype=jnp.int32)
+            plt.store(x_ref.at[token, columns], jnp.zeros(size, x_ref.dtype), mask=columns < width)
+
+    flat = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((num_tokens, width), x.dtype),
+        grid=(num_tokens,),
+        input_output_aliases={1: 0},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="ragged_paged_attention_clear",
+    )(live[None], x.reshape(num_tokens, width))
+    return flat.reshape(x.shape)
 
 
 class _Attend:

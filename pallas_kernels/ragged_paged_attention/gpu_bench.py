@@ -7,8 +7,8 @@ weights by values).
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from pallas_kernels import tuning
 from pallas_kernels.gpu_timing import time_per_call_s
-from pallas_kernels.ragged_paged_attention import gpu
+from pallas_kernels.ragged_paged_attention import gpu, hopper
 from pallas_kernels.ragged_paged_attention.layout import cache_shape
 
 CACHE_BYTES = 2**27  # calls in a row read as much in all: more than the card keeps
@@ -98,13 +98,17 @@ class Case:
 
 
 def time_case_s(
-    case: Case, *, device_kind: str | None, tiling: gpu.Tiling | None = None, **options: Any
+    case: Case,
+    *,
+    device_kind: str | None,
+    sizes: gpu.Tiling | hopper.PrefillConfig | None = None,
+    **options: Any,
 ) -> float:
     """Seconds of one attention call, without the write of new tokens; `options` of `gpu.attend`."""
     counts = (4, 16) if case.is_decode else (1, 5)
     copies = min(counts[1], max(1, math.ceil(CACHE_BYTES / case.kv_bytes)))
     caches = [case.cache(seed) for seed in range(copies)]
-    tilings = {"decode" if case.is_decode else "prefill": tiling}
+    given = {"decode" if case.is_decode else "prefill": sizes}
 
     def call(inputs, *metadata):
         return gpu.attend(
@@ -115,7 +119,7 @@ def time_case_s(
             v_head_dim=case.head_dim,
             decode_only=case.is_decode,
             device_kind=device_kind,
-            **tilings,
+            **given,
             **options,
         )
 
@@ -123,23 +127,35 @@ def time_case_s(
     return time_per_call_s(call, inputs, case.metadata(), counts)
 
 
-def tilings(case: Case) -> Iterator[gpu.Tiling]:
-    """Sizes worth trying for a case."""
+def candidates(
+    case: Case, device_kind: str | None
+) -> tuple[str, list[gpu.Tiling | hopper.PrefillConfig]]:
+    """The operation that a case's sizes are kept under, and the sizes worth trying on a device."""
+    group = case.num_heads // case.num_kv_heads
     if case.is_decode:
-        group = case.num_heads // case.num_kv_heads
         rows = max(16, min(64, 1 << (group - 1).bit_length()))
-        for keys, num_warps, num_stages in (
-            *((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 4, 3), (128, 4, 5), (128, 8, 3)),
-            *((32, 2, 5), (32, 4, 5)),
-        ):
-            for programs in (528, 1056):
-                yield gpu.Tiling(rows, keys, num_warps, num_stages, programs)
-    else:
+        return gpu.DECODE, [
+            gpu.Tiling(rows, keys, num_warps, num_stages, programs)
+            for keys, num_warps, num_stages in (
+                *((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 4, 3), (128, 4, 5), (128, 8, 3)),
+                *((32, 2, 5), (32, 4, 5)),
+            )
+            for programs in (528, 1056)
+        ]
+    if hopper.is_hopper(device_kind):
+        default = hopper.default_config(case.head_dim, group)
+        changes = (
+            *({}, {"num_programs": None}, {"take_turns": False}, {"heads_per_tile": 1}),
+            *({"heads_per_tile": 4}, {"query_stages": 1}, {"block_kv": 64, "stages": 4}),
+        )
+        return gpu.HOPPER_PREFILL, [dataclasses.replace(default, **each) for each in changes]
+    return gpu.PREFILL, [
+        gpu.Tiling(rows, keys, num_warps, num_stages)
         for rows, keys, num_warps, num_stages in (
             *((128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
             *((128, 128, 8, 2), (128, 64, 8, 5)),
-        ):
-            yield gpu.Tiling(rows, keys, num_warps, num_stages)
+        )
+    ]
 
 
 CASES: tuple[Case, ...] = (

@@ -53,8 +53,11 @@ def test_every_width_and_page_size_equals_the_reference(spec):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [*ARG_SPECS, *WIDTHS], ids=lambda spec: spec.name)
-def test_kernels_on_the_card_equal_the_reference(spec):
-    assert relative_error(spec, seed=7, interpret=False) < TOLERANCE[spec.dtype]
+@pytest.mark.parametrize("device_kind", ["this", "any"])
+def test_kernels_on_the_card_equal_the_reference(spec, device_kind):
+    kind = jax.devices()[0].device_kind if device_kind == "this" else None
+    error = relative_error(spec, seed=7, interpret=False, device_kind=kind)
+    assert error < TOLERANCE[spec.dtype]
 
 
 @pytest.mark.parametrize("programs", [1, 4, 10_000])
@@ -79,18 +82,23 @@ def test_kernels_lower_for_cuda(spec):
     assert text.count("triton") >= 3, "decode, merge and prefill"
 
 
-def test_prompts_may_go_to_the_hopper_kernel():
+def test_prompts_go_to_the_hopper_kernel_where_it_takes_them():
     spec = replace(ARG_SPECS[NAMES.index("llama3_8b_tp4-mixed")], page_size=16)
     q, _, _, cache, *metadata = jax.eval_shape(partial(spec.arguments, platform="gpu"))
     call = partial(
         gpu.attend,
         shared_kv=False,
-        scale=1.0,
         v_head_dim=spec.v_head_dim,
-        hopper_prefill=hopper.PrefillConfig(),
     )
-    lowered = jax.jit(call).trace(q, cache, *metadata).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+
+    def lowered(**options) -> str:
+        traced = jax.jit(partial(call, **{"scale": 1.0, **options})).trace(q, cache, *metadata)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "mosaic_gpu" in lowered(prefill=hopper.PrefillConfig())
+    assert "mosaic_gpu" in lowered(device_kind="NVIDIA H100 80GB HBM3")
+    assert "mosaic_gpu" not in lowered(device_kind="NVIDIA A100-SXM4-80GB")
+    assert "mosaic_gpu" not in lowered(device_kind="NVIDIA H200", softcap=30.0, scale=-1.0)
 
 
 def test_a_cache_of_a_cpu_is_left_to_others():

@@ -89,7 +89,7 @@ def test_cases_run_as_they_are_timed() -> None:
         small = replace(case, new=min(case.new, 24), kv=24, num_heads=4, num_kv_heads=2)
         tiling = gpu.Tiling(16, 16, 4, 2, programs=4)
         gpu_bench.time_case_s(
-            replace(small, head_dim=16), device_kind=None, tiling=tiling, interpret=True
+            replace(small, head_dim=16), device_kind=None, sizes=tiling, interpret=True
         )
 
 
