@@ -105,7 +105,7 @@ def time_case_s(
     **options: Any,
 ) -> float:
     """Seconds of one attention call, without the write of new tokens; `options` of `gpu.attend`."""
-    counts = (4, 16) if case.is_decode else (1, 5)
+    counts = (4, 16)
     copies = min(counts[1], max(1, math.ceil(CACHE_BYTES / case.kv_bytes)))
     caches = [case.cache(seed) for seed in range(copies)]
     given = {"decode" if case.is_decode else "prefill": sizes}

@@ -85,7 +85,7 @@ class Tiles(NamedTuple):
     """Tiles of queries, most work first; those from `count` on are empty.
 
     fields: i32[num_tiles, 8] of row, first token, first and last + 1 live token relative to it,
-        position of the first token, first key position, number of key blocks, and one unused.
+        position of the first token, first key position, number of key blocks, tokens of the row.
     count: i32[1].
     """
 
@@ -93,7 +93,7 @@ class Tiles(NamedTuple):
     count: jax.Array
 
 
-_ROW, _TOKEN, _LOW, _HIGH, _POSITION, _KEY, _BLOCKS = range(7)
+_ROW, _TOKEN, _LOW, _HIGH, _POSITION, _KEY, _BLOCKS, _KV_LEN = range(8)
 
 
 def make_tiles(
@@ -133,13 +133,13 @@ def make_tiles(
         key = jnp.maximum(position + low - window + 1, 0) // key_alignment * key_alignment
     blocks = -(-(position + high - key) // block_kv)
     blocks = jnp.where(tiles < past[-1], blocks, 0)
-    fields = jnp.stack([row, token, low, high, position, key, blocks, jnp.zeros_like(row)], 1)
+    fields = jnp.stack([row, token, low, high, position, key, blocks, kv_lens[row]], 1)
     earlier = (blocks[None] > blocks[:, None]) | (
         (blocks[None] == blocks[:, None]) & (tiles[None] < tiles[:, None])
     )
     order = earlier.sum(1, dtype=jnp.int32)
     fields = jnp.zeros_like(fields).at[order].set(fields, unique_indices=True)
-    return Tiles(fields, past[-1:])
+    return Tiles(fields, counts.sum(keepdims=True, dtype=jnp.int32))
 
 
 def prefill(
@@ -182,6 +182,10 @@ def prefill(
         key_alignment=unit,
         window=window,
     )
+    # The kernel needs its inputs at multiples of 256 bytes, and XLA gives it a slice of a larger
+    # array, as the metadata may be, where it lies. So everything passed on is computed here; the
+    # maximum sees to it that there is something to compute.
+    first_heads = jnp.maximum(page_table, 0) * num_kv_heads
     tile_heads = num_heads // config.heads_per_tile
     most_items = tiles.fields.shape[0] * tile_heads
     num_programs = min(config.num_programs or most_items, most_items)
@@ -243,8 +247,7 @@ def prefill(
     out = kernel(
         q.reshape(num_tokens, num_heads * head_dim),
         cache.reshape(num_pages * num_kv_heads, page_size, 2 * head_dim),
-        kv_lens,
-        page_table,
+        first_heads,
         tiles.fields,
         tiles.count,
     )
@@ -288,8 +291,7 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: PrefillConfig) 
 def _kernel(
     q_ref,
     cache_ref,
-    kv_lens_ref,
-    page_table_ref,
+    first_heads_ref,
     fields_ref,
     count_ref,
     out_ref,
@@ -375,7 +377,7 @@ def _kernel(
         def item(index, tile, first_head, done):
             row, token = fields_ref[tile, _ROW], fields_ref[tile, _TOKEN]
             key, blocks = fields_ref[tile, _KEY], fields_ref[tile, _BLOCKS]
-            last_column = lax.div(kv_lens_ref[row] - 1, page_size)
+            last_column = lax.div(fields_ref[tile, _KV_LEN] - 1, page_size)
             kv_head = lax.div(first_head, group)
 
             query_slot = lax.rem(index, query_stages)
@@ -403,7 +405,7 @@ def _kernel(
                 pages = []
                 for i in range(block_kv // unit):
                     column = jnp.minimum(lax.div(base + i * unit, page_size), last_column)
-                    pages.append(page_table_ref[row, column] * num_kv_heads + kv_head)
+                    pages.append(first_heads_ref[row, column] + kv_head)
                 offset = 0 if unit == page_size else lax.rem(base, page_size)
                 for smem, ready, free, first in (
                     (keys_smem, keys_ready, keys_free, 0),
@@ -441,11 +443,11 @@ def _kernel(
         row_layout = plgpu.Layout.WGMMA.reduce(1)
 
         def item(index, tile, first_head, done):
-            row, token = fields_ref[tile, _ROW], fields_ref[tile, _TOKEN]
+            token = fields_ref[tile, _TOKEN]
             low, high = fields_ref[tile, _LOW], fields_ref[tile, _HIGH]
             position, key = fields_ref[tile, _POSITION], fields_ref[tile, _KEY]
             blocks = fields_ref[tile, _BLOCKS]
-            kv_len = kv_lens_ref[row]
+            kv_len = fields_ref[tile, _KV_LEN]
             query_slot = lax.rem(index, query_stages)
             query = query_smem.at[query_slot, warpgroup]
             first_row = warpgroup * _ROWS if config.heads_per_tile == 1 else 0
