@@ -151,18 +151,11 @@ def worst(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     return float(largest / np.concatenate(list(theirs)).std())
 
 
-def rms_error(
-    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, quantile: float | None = None
-) -> float:
-    """The root mean square of the differences, in standard deviations of the reference's logits.
-
-    quantile: that of the tokens, each taken alone, instead of all of them together.
-    """
+def token_errors(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.ndarray:
+    """The root mean square of each token's differences, in standard deviations of all logits."""
     expected = np.concatenate(list(theirs))
     difference = np.concatenate(list(ours)).astype(np.float32) - expected
-    squares = np.square(difference).mean(-1)
-    chosen = squares.mean() if quantile is None else np.quantile(squares, quantile)
-    return float(np.sqrt(chosen) / expected.std())
+    return np.sqrt(np.square(difference).mean(-1)) / expected.std()
 
 
 def greedy(model: harness.Model, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

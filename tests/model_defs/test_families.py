@@ -29,9 +29,11 @@ from .cases import (
     Case,
     architecture_of,
     ragged,
-    rms_error,
+    token_errors,
     worst,
 )
+
+MOST_REROUTED = 0.2  # of a text's tokens, for another expert; at most 12 of 78 in transformers
 
 # ---- numbers ---------------------------------------------------------------------------------
 
@@ -48,15 +50,26 @@ def test_bfloat16_logits_are_within_the_familys_tolerance(case: Case, record_pro
     wide = {name: array.astype(np.float32) for name, array in rounded.items()}
     exact = harness.full_logits(harness.refilled(case.model, case.config, wide), case.prompts)
     model = harness.load(case.config, rounded, dtype=ml_dtypes.bfloat16)
-    # Between experts that score nearly the same, rounding decides, and a token comes out otherwise.
-    quantile = 0.75 if case.has_experts else None
-    error = rms_error(harness.full_logits(model, case.prompts), exact, quantile=quantile)
+    ours = token_errors(harness.full_logits(model, case.prompts), exact)
+    theirs = None
+    if case.saved is not None:
+        hf_model = hf_reference.load_bfloat16(case.config["architectures"][0], case.saved)
+        theirs = token_errors(hf_reference.hf_logits(hf_model, case.prompts), exact)
+    error = rms(ours)
+    if case.has_experts:
+        # Between experts that score nearly the same rounding decides, and a token comes out
+        # otherwise, in transformers as here: such tokens are few, and only counted.
+        error = float(np.quantile(ours, 0.75))
+        assert np.mean(ours > 4 * np.median(ours)) <= MOST_REROUTED
+        assert theirs is None or np.median(ours) <= 1.25 * np.median(theirs)
+    else:
+        assert theirs is None or error <= 1.25 * rms(theirs)
     record_property("worst bfloat16 error of the logits' std, as RMS", error)
     assert error <= case.family.bfloat16_tolerance
-    if case.saved is None or case.has_experts:
-        return
-    hf_model = hf_reference.load_bfloat16(case.config["architectures"][0], case.saved)
-    assert error <= 1.25 * rms_error(hf_reference.hf_logits(hf_model, case.prompts), exact)
+
+
+def rms(errors: np.ndarray) -> float:
+    return float(np.sqrt(np.square(errors).mean()))
 
 
 def test_tiny_weights_make_logits_that_show_mistakes(case: Case) -> None:

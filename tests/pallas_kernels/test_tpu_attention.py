@@ -4,6 +4,7 @@ Interpret mode fills memory that nobody wrote with NaN, outputs included; `ArgSp
 with unused pages and slots.
 """
 
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +24,7 @@ from pallas_kernels.ragged_paged_attention import (
 )
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.ragged_paged_attention.layout import unpack_cache
+from pallas_kernels.ragged_paged_attention.tpu_kernel import Blocks, Kernel, Shape
 
 from ..quick_compile import quick_jit
 
@@ -156,6 +158,14 @@ def test_sizes_beyond_the_chip_are_refused(change, reason):
 def test_other_platforms_caches_are_refused():
     with pytest.raises(NotImplementedError, match="not laid out for TPUs"):
         run_tpu(SMALL, SMALL.arguments(platform="cpu"))
+
+
+def test_jax_can_hold_the_kernel_by_a_weak_reference():
+    """From JAX 0.11 on it does, whatever platform a call is traced for."""
+    shape = Shape(1, 1, 16, 16, 256, 128, 128, 256)
+    kernel = Kernel(shape, Blocks(1, 1, 1), 1.0, None, None, False, jnp.dtype(jnp.float32))
+    assert weakref.ref(kernel)() is kernel
+    assert hash(kernel) == hash(replace(kernel))
 
 
 def test_it_can_be_traced_in_a_checked_shard_map():
