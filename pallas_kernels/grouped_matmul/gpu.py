@@ -73,6 +73,11 @@ class Problem:
         )
 
 
+def problem_of(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> Problem:
+    """What is static about x [M, K] times w [E, K, N]."""
+    return Problem(x.shape[0], *w.shape, str(x.dtype))
+
+
 def choose_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
     """The sizes measured on the device, else what suits the rows a group gets on average.
 
@@ -123,11 +128,10 @@ def grouped_matmul(
 
     Raises NotImplementedError for arrays without elements.
     """
-    num_rows, inner = x.shape
-    num_groups, _, outer = w.shape
-    if 0 in (num_rows, inner, num_groups, outer):
+    problem = problem_of(x, w)
+    num_groups, outer = problem.num_groups, problem.outer
+    if 0 in (x.size, w.size):
         raise NotImplementedError("the GPU kernel needs at least one row, column and group")
-    problem = Problem(num_rows, num_groups, inner, outer, str(x.dtype))
     tiling = tiling or choose_tiling(problem, device_kind)
     together = _TILES_TOGETHER if tiling.rows >= 64 else 1
     tiles = row_tiles(problem, tiling.rows, group_sizes, multiple_of=together)
@@ -164,7 +168,7 @@ def grouped_matmul(
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((num_rows, outer), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((problem.num_rows, outer), x.dtype),
         grid=(tiles.shape[0] * blocks,),
         compiler_params=plt.CompilerParams(
             num_warps=tiling.num_warps, num_stages=tiling.num_stages
@@ -210,9 +214,7 @@ def _product(problem, tiling, x_ref, w_ref, group, rows, columns, own, exists):
             valid,
             exists,
         )
-        return total + lax.dot(
-            x, w, precision=precision, preferred_element_type=jnp.float32
-        )
+        return total + lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
 
     whole = problem.inner // tiling.inner
     total = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
