@@ -1,7 +1,7 @@
 """Time the grouped matrix product over `arg_specs`.
 
-Run as `python -m pallas_kernels.grouped_matmul.bench`. Prints one JSON line per case. On a GPU, over
-GPU_SPECS: microseconds per call, and shares of what a copy (which limits decoding) and a large
+Run as `python -m pallas_kernels.grouped_matmul.bench`. Prints one JSON line per case. On a GPU,
+over GPU_SPECS: microseconds per call, and shares of what a copy (which limits decoding) and a large
 matrix product (which limits prompts) reach on this card. Elsewhere, over ARG_SPECS: median and best
 milliseconds per call, bytes of the matrices in use and floating-point operations per second.
 """

@@ -75,7 +75,8 @@ class Problem:
 
 def problem_of(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> Problem:
     """What is static about x [M, K] times w [E, K, N]."""
-    return Problem(x.shape[0], *w.shape, str(x.dtype))
+    num_groups, inner, outer = w.shape
+    return Problem(x.shape[0], num_groups, inner, outer, str(x.dtype))
 
 
 def choose_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
