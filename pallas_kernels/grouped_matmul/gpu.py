@@ -248,7 +248,7 @@ def _default(problem: Problem, device_kind: str | None) -> Tiling:
         return Tiling(64, 128, 64, 4, 3)
     tiles = problem.num_tiles(rows)
     for columns in (128, 64):
-        if tiles * (problem.outer // columns) >= _PROGRAMS:
+        if tiles * -(-problem.outer // columns) >= _PROGRAMS:
             break
     else:
         columns = 32
