@@ -1,4 +1,4 @@
-"""Find the fastest block sizes on this device and keep them: `python -m pallas_kernels.tune`.
+"""Find the fastest block sizes on this device and keep them: `python -m pallas_kernels.tune [op]`.
 
 Writes `pallas_kernels/tuned/<device>.json`. Cases that share a shape share the sizes: those count
 that are best in all of them together, by the product of their slow-downs.
@@ -11,10 +11,14 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 from pallas_kernels import tuning
+from pallas_kernels.grouped_matmul import arg_specs, bench, gpu
 from pallas_kernels.ragged_paged_attention import gpu_bench
 
 
@@ -28,28 +32,60 @@ def best_of(times_s: dict[str, dict[object, float]]) -> object:
     return min(sorted(common, key=repr), key=slow_down)
 
 
-def tune_attention(match: str, device: jax.Device) -> None:
+@dataclass(frozen=True)
+class Case:
+    """Something to time with each of `candidates`, dataclasses of sizes.
+
+    op, key: where the best ones are kept. time_s: seconds of a call with one of them.
+    """
+
+    name: str
+    op: str
+    key: str
+    candidates: Sequence[Any]
+    time_s: Callable[[Any], float]
+
+
+def attention_cases(device_kind: str) -> Iterator[Case]:
+    for case in gpu_bench.CASES:
+
+        def time_s(sizes: Any, case: gpu_bench.Case = case) -> float:
+            return gpu_bench.time_case_s(case, device_kind=device_kind, sizes=sizes)
+
+        op, candidates = gpu_bench.candidates(case, device_kind)
+        yield Case(case.name, op, case.key(), candidates, time_s)
+
+
+def grouped_matmul_cases(device_kind: str) -> Iterator[Case]:
+    for spec in arg_specs.GPU_SPECS:
+        problem = gpu.problem_of(*spec.shapes()[:2])
+
+        def time_s(sizes: Any, spec: arg_specs.ArgSpec = spec) -> float:
+            return bench.time_gpu_case_s(spec, device_kind=device_kind, tiling=sizes)
+
+        yield Case(spec.name, gpu.OP, problem.key(), gpu.candidates(problem), time_s)
+
+
+OPS = {"ragged_paged_attention": attention_cases, "grouped_matmul": grouped_matmul_cases}
+
+
+def tune(cases: Iterable[Case], device: jax.Device) -> None:
     """Time every candidate of every case; prints a JSON line each, then writes the best."""
     times: dict[tuple[str, str], dict[str, dict[object, float]]] = defaultdict(dict)
-    for case in gpu_bench.CASES:
-        if match not in case.name:
-            continue
-        op, candidates = gpu_bench.candidates(case, device.device_kind)
-        seconds = times[op, case.key()].setdefault(case.name, {})
-        for sizes in candidates:
+    for case in cases:
+        seconds = times[case.op, case.key].setdefault(case.name, {})
+        for sizes in case.candidates:
             try:
-                seconds[sizes] = gpu_bench.time_case_s(
-                    case, device_kind=device.device_kind, sizes=sizes
-                )
+                seconds[sizes] = case.time_s(sizes)
             except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # too large, say
                 print(json.dumps({"case": case.name, "sizes": str(sizes), "error": str(error)}))
                 continue
             micros = round(1e6 * seconds[sizes], 1)
             record = {"case": case.name, "us": micros, **dataclasses.asdict(sizes)}
             print(json.dumps(record), flush=True)
-    for (op, key), cases in times.items():
-        best = best_of(cases)
-        measured = {name: round(1e6 * seconds[best], 1) for name, seconds in cases.items()}
+    for (op, key), of_cases in times.items():
+        best = best_of(of_cases)
+        measured = {name: round(1e6 * seconds[best], 1) for name, seconds in of_cases.items()}
         entry = {"parameters": dataclasses.asdict(best), "measured": {"us": measured}}
         path = tuning.write(tuning.device_name(device.device_kind), op, {key: entry})
         print(json.dumps({"op": op, "shape": key, **entry, "file": str(path)}))
@@ -59,12 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.tune", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("op", nargs="?", choices=sorted(OPS), help="default: all of them")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu":
         parser.error(f"there is something to tune on a GPU only; this is a {device.device_kind}")
-    tune_attention(arguments.match, device)
+    for op in [arguments.op] if arguments.op else OPS:
+        cases = OPS[op](device.device_kind)
+        tune((case for case in cases if arguments.match in case.name), device)
 
 
 if __name__ == "__main__":

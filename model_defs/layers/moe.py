@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Protocol
 
 import jax
@@ -279,12 +280,20 @@ class MoEModule(nnx.Module):
         rules, spec = self.rules, self.rules.spec
         weights = self.gate_up[...], self.down[...]
         if rules.mesh.size == 1:
-            return _experts(self.spec, x, logits, correction, *weights)
+            return _experts(
+                self.spec, x, logits, correction, *weights, device_kind=rules.device_kind
+            )
         tokens = spec("tokens", None)
         placed = (param.get_metadata()["placed"].axes for param in (self.gate_up, self.down))
 
         def shard(*arrays):
-            return _experts(self.spec, *arrays, jax.lax.axis_index(EXPERT), over=MODEL)
+            return _experts(
+                self.spec,
+                *arrays,
+                jax.lax.axis_index(EXPERT),
+                over=MODEL,
+                device_kind=rules.device_kind,
+            )
 
         return jax.shard_map(
             shard,
@@ -304,13 +313,16 @@ def _routed_experts(
     down: Float[Array, "e f 1 D"],
     group: Int[Array, ""] | int = 0,
     over: tuple[str, ...] = (),
+    device_kind: str | None = None,
 ) -> Float[Array, "T D"]:
     """The routed part of the layer on one device.
 
     Args:
         gate_up, down: the device's experts, which follow those of the groups before `group`.
         over: mesh axes to sum over.
+        device_kind: as JAX names the device, for kernels.
     """
+    product = partial(grouped_matmul, device_kind=device_kind)
     weights, ids = spec.router.choose(logits, correction)
     count, top_k = gate_up.shape[0], ids.shape[1]
     mine = ids.reshape(-1) - group * count
@@ -318,12 +330,12 @@ def _routed_experts(
     order = jnp.argsort(mine, stable=True)
     sizes = jnp.bincount(mine, length=count + 1)[:count].astype(jnp.int32)
 
-    gate, up = jnp.split(grouped_matmul(x[order // top_k], gate_up[:, :, 0], sizes), 2, axis=-1)
-    rows = grouped_matmul(spec.expert.combine(gate, up), down[:, :, 0], sizes)
+    gate, up = jnp.split(product(x[order // top_k], gate_up[:, :, 0], sizes), 2, axis=-1)
+    rows = product(spec.expert.combine(gate, up), down[:, :, 0], sizes)
     parts = rows[jnp.argsort(order)].reshape(*ids.shape, -1).astype(jnp.float32)
     y = (parts * weights[:, :, None]).sum(1).astype(x.dtype)
     return jax.lax.psum(y, over) if over else y
 
 
 # Traced once per shape and spec, not once per layer: tracing is most of a warm start.
-_experts = jax.jit(_routed_experts, static_argnums=0, static_argnames="over")
+_experts = jax.jit(_routed_experts, static_argnums=0, static_argnames=("over", "device_kind"))

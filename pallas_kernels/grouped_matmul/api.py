@@ -1,15 +1,17 @@
 """The public name of the grouped matrix product."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import gpu, reference, xla
 
 __all__ = ["grouped_matmul"]
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-_IMPLEMENTATIONS = (
+_FALLBACKS = (
     Implementation("ragged_dot", xla.ragged_dot, platforms=("tpu", "cuda", "rocm")),
     Implementation("blocks", xla.blocks),
     Implementation("reference", reference.grouped_matmul, automatic=False),
@@ -21,6 +23,7 @@ def grouped_matmul(
     w: jax.Array,
     group_sizes: jax.Array,
     *,
+    device_kind: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Multiply each row of x with the matrix of the group it belongs to.
@@ -31,16 +34,23 @@ def grouped_matmul(
     x: [M, K]; w: [E, K, N], of the same dtype: float32, bfloat16 or float16. Sums are kept in
       float32.
     group_sizes: i32[E], none negative, M or less in all.
-    implementation: "ragged_dot", "blocks" or "reference"; None lets the platform lowered for
-      decide. The cost of "blocks" follows the rows in use, not E.
+    device_kind: as JAX names the device, for block sizes that suit it.
+    implementation: "triton", "ragged_dot", "blocks" or "reference"; None lets the platform lowered
+      for decide. The costs of "triton" and "blocks" follow the rows in use, not E.
 
     Rows of x past the last group's may hold anything, NaN included. Works on local shapes inside
     `jax.shard_map` (with check_vma=False). Returns [M, N] in x's dtype.
     Raises ValueError for shapes and dtypes that do not fit together.
     """
     _check(x, w, group_sizes)
+    triton = Implementation(
+        "triton", partial(gpu.grouped_matmul, device_kind=device_kind), platforms=("cuda",)
+    )
     return dispatch(
-        "grouped_matmul", _IMPLEMENTATIONS, x, w, group_sizes, implementation=implementation
+        "grouped_matmul",
+        (triton, *_FALLBACKS),
+        *(x, w, group_sizes),
+        implementation=implementation,
     )
 
 

@@ -1,4 +1,7 @@
-"""Named real shapes of the grouped matrix product, shared by tests, bench and tuning."""
+"""Named real shapes of the grouped matrix product, shared by tests, bench and tuning.
+
+ARG_SPECS fit anywhere. GPU_SPECS are a gigabyte or so each: for a card, or for their shapes alone.
+"""
 
 from dataclasses import dataclass
 
@@ -33,6 +36,36 @@ class ArgSpec:
         sizes[: len(self.group_sizes)] = self.group_sizes
         return jnp.asarray(x, self.dtype), jnp.asarray(w, self.dtype), jnp.asarray(sizes)
 
+    def device_arguments(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Like `arguments`, but made on the device, where large ones take no time."""
+        x, w, sizes = self.shapes()
+        x_key, w_key = jax.random.split(jax.random.key(seed))
+        unused = jnp.arange(self.num_rows)[:, None] >= sum(self.group_sizes)
+        x = jnp.where(unused, jnp.nan, jax.random.normal(x_key, x.shape, x.dtype))
+        counts = (*self.group_sizes, *(0,) * (self.num_groups - len(self.group_sizes)))
+        w = jax.random.normal(w_key, w.shape, w.dtype)
+        return x, w, jnp.asarray(counts, sizes.dtype)
+
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of `arguments`, without making them."""
+        return (
+            jax.ShapeDtypeStruct((self.num_rows, self.inner), self.dtype),
+            jax.ShapeDtypeStruct((self.num_groups, self.inner, self.outer), self.dtype),
+            jax.ShapeDtypeStruct((self.num_groups,), "int32"),
+        )
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the matrices in use, of the rows of x and of the result, once each."""
+        used = sum(size > 0 for size in self.group_sizes)
+        numbers = used * self.inner * self.outer
+        numbers += sum(self.group_sizes) * self.inner + self.num_rows * self.outer
+        return numbers * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        return 2 * sum(self.group_sizes) * self.inner * self.outer
+
 
 def _spread(num_rows: int, num_groups: int, seed: int = 0) -> tuple[int, ...]:
     """num_rows dealt to the groups at random, as a router does."""
@@ -42,6 +75,7 @@ def _spread(num_rows: int, num_groups: int, seed: int = 0) -> tuple[int, ...]:
 
 _GRANITE_1B = (32, 1024, 1024)  # experts, d_model, gate and up of 512 each; top 8
 _OLMOE_1B = (64, 2048, 2048)
+_OLMOE_1B_DOWN = (64, 1024, 2048)
 _MIXTRAL_8X7B_TP8 = (8, 4096, 3584)
 
 ARG_SPECS: tuple[ArgSpec, ...] = (
@@ -59,4 +93,22 @@ ARG_SPECS: tuple[ArgSpec, ...] = (
     ArgSpec("one_row", 1, 4, 32, 32, (0, 0, 1)),
     ArgSpec("one_group", 37, 1, 32, 24, (31,)),
     ArgSpec("half", 50, 6, 32, 24, (9, 0, 20, 5), "float16"),
+)
+
+
+def _olmoe(tokens: int, name: str) -> tuple[ArgSpec, ArgSpec]:
+    """A step of OLMoE-1B-7B, 8 of 64 experts a token: gate and up in one, and down."""
+    rows = 8 * tokens
+    sizes = (1,) * 8 if tokens == 1 else _spread(rows, 64)
+    return (
+        ArgSpec(f"olmoe_1b-{name}-gate_up", rows, *_OLMOE_1B, sizes, "bfloat16"),
+        ArgSpec(f"olmoe_1b-{name}-down", rows, *_OLMOE_1B_DOWN, sizes, "bfloat16"),
+    )
+
+
+GPU_SPECS: tuple[ArgSpec, ...] = (
+    *_olmoe(1, "decode_1"),
+    *_olmoe(8, "decode_8"),
+    *_olmoe(64, "decode_64"),
+    *_olmoe(8192, "prefill_8192"),
 )

@@ -1,7 +1,9 @@
 """Time the grouped matrix product over `arg_specs`.
 
-Run as `python -m pallas_kernels.grouped_matmul.bench`. Prints one JSON line per case: median and
-best milliseconds per call, bytes of the matrices in use and floating-point operations per second.
+Run as `python -m pallas_kernels.grouped_matmul.bench`. Prints one JSON line per case. On a GPU,
+over GPU_SPECS: microseconds per call, and shares of what a copy (which limits decoding) and a large
+matrix product (which limits prompts) reach on this card. Elsewhere, over ARG_SPECS: median and best
+milliseconds per call, bytes of the matrices in use and floating-point operations per second.
 """
 
 import argparse
@@ -9,12 +11,17 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu_timing import copy_bytes_per_s, matmul_flops_per_s, time_per_call_s
+from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.grouped_matmul.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.grouped_matmul.arg_specs import ARG_SPECS, GPU_SPECS, ArgSpec
+
+GPU_IMPLEMENTATIONS = ("triton", "ragged_dot")
 
 
 def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None) -> dict:
@@ -32,6 +39,7 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
         seconds.append(time.perf_counter() - started)
     seconds = seconds[2:]
     median = statistics.median(seconds)
+    memory = compiled.memory_analysis()
     used = sum(size > 0 for size in spec.group_sizes)
     matrix = spec.inner * spec.outer
     return {
@@ -40,7 +48,7 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
         "best_ms": round(1e3 * min(seconds), 3),
         "weight_gb_per_s": round(used * matrix * jnp.dtype(spec.dtype).itemsize / median / 1e9, 2),
         "gflop_per_s": round(2 * sum(spec.group_sizes) * matrix / median / 1e9, 1),
-        "temp_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 2),
+        "temp_mb": None if memory is None else round(memory.temp_size_in_bytes / 1e6, 2),
         "implementation": implementation or "auto",
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -49,14 +57,71 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
     }
 
 
+def time_gpu_case_s(
+    spec: ArgSpec,
+    *,
+    device_kind: str | None,
+    implementation: str | None = "triton",
+    tiling: gpu.Tiling | None = None,
+) -> float:
+    """Seconds of one call on a GPU, with these sizes of the kernel where a tiling is given.
+
+    Calls in a row use other groups, so that no matrix is still in the card's cache.
+    """
+    x, w, group_sizes = spec.device_arguments()
+    counts = (1, 5) if spec.num_rows > 8192 else (4, 16)
+    shift = max(1, spec.num_groups // 8)
+    inputs = [(x, jnp.roll(group_sizes, shift * i)) for i in range(counts[1])]
+
+    def call(each, w):
+        if tiling is not None:
+            return gpu.grouped_matmul(each[0], w, each[1], tiling=tiling)
+        return grouped_matmul(
+            each[0], w, each[1], device_kind=device_kind, implementation=implementation
+        )
+
+    return time_per_call_s(call, inputs, (w,), counts)
+
+
+def gpu_records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:
+    """Yield the JSON record of each case whose name contains `match`, by implementation."""
+    device = jax.devices()[0]
+    bytes_ceiling, flops_ceiling = copy_bytes_per_s(), matmul_flops_per_s()
+    for spec in GPU_SPECS:
+        if match not in spec.name:
+            continue
+        for name in implementations:
+            seconds = time_gpu_case_s(spec, device_kind=device.device_kind, implementation=name)
+            bytes_per_s, flops_per_s = spec.used_bytes / seconds, spec.flops / seconds
+            yield {
+                "op": "grouped_matmul",
+                "case": spec.name,
+                "implementation": name,
+                "us": round(1e6 * seconds, 1),
+                "tb_per_s": round(bytes_per_s / 1e12, 3),
+                "share_of_copy": round(bytes_per_s / bytes_ceiling, 3),
+                "tflop_per_s": round(flops_per_s / 1e12, 1),
+                "share_of_matmul": round(flops_per_s / flops_ceiling, 3),
+                "device": device.device_kind,
+                "jax": jax.__version__,
+            }
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time the grouped matrix product.")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls; the median counts")
     parser.add_argument(
-        "--implementation", default=None, help="ragged_dot, blocks or reference; default: auto"
+        "--implementation",
+        default=None,
+        help="triton, ragged_dot, blocks or reference; default: auto, on a GPU the first two",
     )
     arguments = parser.parse_args(argv)
+    if jax.default_backend() == "gpu":
+        chosen = arguments.implementation
+        for record in gpu_records(arguments.match, (chosen,) if chosen else GPU_IMPLEMENTATIONS):
+            print(json.dumps(record), flush=True)
+        return
     for spec in ARG_SPECS:
         if arguments.match in spec.name:
             record = time_case(

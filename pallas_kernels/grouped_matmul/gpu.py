@@ -1,0 +1,265 @@
+"""The grouped matrix product for NVIDIA GPUs: a Pallas kernel that is lowered through Triton.
+
+The rows of every group are cut into tiles of `Tiling.rows`, the columns into blocks of
+`Tiling.columns`; one program makes one block of one tile. Which rows of which group a tile holds is
+worked out on the device from the group sizes. The number of tiles is bounded by the shapes;
+programs without a tile end at once, and matrices of groups without rows are not read. Rows past the
+last group's are tiles, too, whose programs only write zeros.
+
+Sums are kept in float32; products of float32 are exact (IEEE), not rounded to a shorter type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.tuning import shape_key, tuned
+
+OP = "grouped_matmul"
+_SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
+_PROGRAMS = 256  # to aim at for few rows: about two for each of an H100's 132 multiprocessors
+_TILES_TOGETHER = 8  # row tiles whose programs for the same columns run side by side
+_HOPPER = ("H100", "H200", "H800", "GH200")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the product is cut into programs.
+
+    rows, columns: of the block of the result that one program makes. inner: numbers of a row of x
+    per trip of its loop. All three are powers of two, 16 or more. num_warps, num_stages: Triton's.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is static about a call: x [num_rows, inner], w [num_groups, inner, outer]."""
+
+    num_rows: int
+    num_groups: int
+    inner: int
+    outer: int
+    dtype: str
+
+    @property
+    def precise(self) -> bool:
+        return self.dtype == "float32"
+
+    def num_tiles(self, rows: int) -> int:
+        """The most tiles that any group sizes give; each group begins one, the unused rows, too."""
+        starts = min(self.num_groups + 1, self.num_rows)
+        return (self.num_rows + starts * (rows - 1)) // rows
+
+    def key(self) -> str:
+        """What the best sizes depend on, for `tuning`."""
+        return shape_key(
+            rows=pl.next_power_of_2(self.num_rows),
+            groups=self.num_groups,
+            inner=self.inner,
+            outer=self.outer,
+            itemsize=jnp.dtype(self.dtype).itemsize,
+        )
+
+
+def problem_of(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> Problem:
+    """What is static about x [M, K] times w [E, K, N]."""
+    num_groups, inner, outer = w.shape
+    return Problem(x.shape[0], num_groups, inner, outer, str(x.dtype))
+
+
+def choose_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
+    """The sizes measured on the device, else what suits the rows a group gets on average.
+
+    With few rows the matrices in use have to be read, once each: rows of 16, and columns as narrow
+    as it takes to keep the card busy. With many rows, square blocks reuse what was read. The
+    defaults need at most 99 KB of shared memory a program, more only where device_kind is a Hopper.
+    """
+    measured = tuned(device_kind, OP, problem.key())
+    tiling = Tiling(**measured) if measured is not None else _default(problem, device_kind)
+    return _fit(problem, tiling)
+
+
+def candidates(problem: Problem) -> list[Tiling]:
+    """Sizes worth trying."""
+    average = problem.num_rows / problem.num_groups
+    if problem.precise:
+        sizes = [(16, 64, 32, 4, 2), (32, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 16, 8, 2)]
+    elif average <= 16:
+        sizes = [
+            (rows, columns, inner, num_warps, num_stages)
+            for rows in ((16,) if average <= 4 else (16, 32))
+            for columns, inner, num_warps, num_stages in (
+                *((32, 128, 2, 4), (32, 256, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3)),
+                *((64, 128, 4, 4), (64, 128, 2, 4), (128, 64, 4, 4), (128, 128, 4, 3)),
+                *((128, 64, 8, 5),),
+            )
+        ]
+    else:
+        sizes = [
+            *((64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 3), (64, 256, 64, 8, 4)),
+            *((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4)),
+            *((128, 256, 64, 8, 3), (128, 256, 32, 8, 4), (128, 256, 64, 8, 4)),
+        ]
+    fitted = (_fit(problem, Tiling(*each)) for each in sizes)
+    return list(dict.fromkeys(fitted))
+
+
+def grouped_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    device_kind: str | None = None,
+    tiling: Tiling | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `api.grouped_matmul`; the tiling is chosen here where it is None.
+
+    Raises NotImplementedError for arrays without elements.
+    """
+    problem = problem_of(x, w)
+    num_groups, outer = problem.num_groups, problem.outer
+    if 0 in (x.size, w.size):
+        raise NotImplementedError("the GPU kernel needs at least one row, column and group")
+    tiling = tiling or choose_tiling(problem, device_kind)
+    together = _TILES_TOGETHER if tiling.rows >= 64 else 1
+    tiles = row_tiles(problem, tiling.rows, group_sizes, multiple_of=together)
+    blocks = -(-outer // tiling.columns)
+    # All programs of `together` tiles for some columns, then for the next: what they read of x
+    # and w is small enough for the card's cache.
+    span = together * blocks
+
+    def kernel(tiles_ref, x_ref, w_ref, out_ref):
+        program = pl.program_id(0)
+        within = lax.rem(program, span)
+        tile = lax.div(program, span) * together + lax.rem(within, together)
+        group, start, stop = (tiles_ref[tile, i] for i in range(3))
+        rows = start + jnp.arange(tiling.rows, dtype=jnp.int32)
+        columns = lax.div(within, together) * tiling.columns
+        columns += jnp.arange(tiling.columns, dtype=jnp.int32)
+        own = rows < stop
+        exists = None if outer % tiling.columns == 0 else columns < outer
+
+        def store(value):
+            plt.store(
+                out_ref.at[rows[:, None], columns[None]],
+                value.astype(out_ref.dtype),
+                mask=_mask(value.shape, own, exists),
+            )
+
+        @pl.when((group >= 0) & (group < num_groups))
+        def _():
+            store(_product(problem, tiling, x_ref, w_ref, group, rows, columns, own, exists))
+
+        @pl.when(group == num_groups)
+        def _():
+            store(jnp.zeros((tiling.rows, tiling.columns), jnp.float32))
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((problem.num_rows, outer), x.dtype),
+        grid=(tiles.shape[0] * blocks,),
+        compiler_params=plt.CompilerParams(
+            num_warps=tiling.num_warps, num_stages=tiling.num_stages
+        ),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(tiles, x, w)
+
+
+def row_tiles(
+    problem: Problem, rows: int, group_sizes: jax.Array, multiple_of: int = 1
+) -> jax.Array:
+    """Cut the rows of every group, and those past the last one, into tiles of `rows`.
+
+    Returns i32[tiles, 3], their number a multiple of `multiple_of`: (group, first row, end of the
+    rows). The group is num_groups for rows that no group owns, and -1 where there is no tile.
+    """
+    used = group_sizes.sum(dtype=jnp.int32)
+    sizes = jnp.append(group_sizes, problem.num_rows - used)
+    stops = jnp.cumsum(sizes, dtype=jnp.int32)
+    counts = -(-sizes // rows)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    num_tiles = -(-problem.num_tiles(rows) // multiple_of) * multiple_of
+    ids = jnp.arange(num_tiles, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.minimum(group, problem.num_groups)
+    start = (stops - sizes)[group] + (ids - ends[group] + counts[group]) * rows
+    stop = jnp.minimum(start + rows, stops[group])
+    return jnp.stack([jnp.where(ids < ends[-1], group, -1), start, stop], 1)
+
+
+def _product(problem, tiling, x_ref, w_ref, group, rows, columns, own, exists):
+    """Rows of x times columns of w[group]: f32[rows, columns]."""
+    precision = lax.Precision.HIGHEST if problem.precise else None
+
+    def step(trip, total, masked=False):
+        inner = trip * tiling.inner + jnp.arange(tiling.inner, dtype=jnp.int32)
+        valid = inner < problem.inner if masked else None
+        x = _load(x_ref.at[rows[:, None], inner[None]], (tiling.rows, tiling.inner), own, valid)
+        w = _load(
+            w_ref.at[group, inner[:, None], columns[None]],
+            (tiling.inner, tiling.columns),
+            valid,
+            exists,
+        )
+        return total + lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+
+    whole = problem.inner // tiling.inner
+    total = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
+    total = lax.fori_loop(0, whole, step, total)
+    return total if problem.inner % tiling.inner == 0 else step(whole, total, masked=True)
+
+
+def _load(view, shape, rows, columns):
+    """Read a block; rows and columns that do not exist (None: all do) are zero."""
+    mask = _mask(shape, rows, columns)
+    return plt.load(view) if mask is None else plt.load(view, mask=mask, other=0)
+
+
+def _mask(shape, rows, columns):
+    parts = [] if rows is None else [jnp.broadcast_to(rows[:, None], shape)]
+    parts += [] if columns is None else [jnp.broadcast_to(columns[None], shape)]
+    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+
+def _default(problem: Problem, device_kind: str | None) -> Tiling:
+    average = problem.num_rows / problem.num_groups
+    rows = 16 if average <= 8 else 32 if average <= 16 else 64 if average <= 64 else 128
+    if problem.precise:
+        return Tiling(min(rows, 64), 64, 32, 4, 2)
+    if rows == 128:
+        is_hopper = any(name in (device_kind or "") for name in _HOPPER)
+        wide = is_hopper and problem.outer >= 1024
+        return Tiling(128, 256 if wide else 128, 64, 8, 3)
+    if rows == 64:
+        return Tiling(64, 128, 64, 4, 3)
+    tiles = problem.num_tiles(rows)
+    for columns in (128, 64):
+        if tiles * -(-problem.outer // columns) >= _PROGRAMS:
+            break
+    else:
+        columns = 32
+    return Tiling(rows, columns, 64 if columns == 128 else 128, 4, 4)
+
+
+def _fit(problem: Problem, tiling: Tiling) -> Tiling:
+    """No block larger than the arrays, whole trips if a smaller power of two allows them."""
+    inner = min(tiling.inner, max(_SMALLEST, pl.next_power_of_2(problem.inner)))
+    divisor = problem.inner & -problem.inner
+    if _SMALLEST * 2 <= divisor < inner:
+        inner = divisor
+    columns = min(tiling.columns, max(_SMALLEST, pl.next_power_of_2(problem.outer)))
+    return Tiling(tiling.rows, columns, inner, tiling.num_warps, tiling.num_stages)
