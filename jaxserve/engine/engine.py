@@ -43,7 +43,7 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.tokenizer import NoTokenizer, Tokenizer
 from model_defs.layers.embedding import Pooling, ScoreHead
 from model_defs.sharding import ShardingRules, make_mesh
-from pallas_kernels.ragged_paged_attention import default_page_size
+from pallas_kernels.ragged_paged_attention import default_page_size, import_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +219,7 @@ class Engine:
         device = None if config.device == "auto" else config.device
         devices = jax.devices(device)
         platform = devices[0].platform
+        import_kernels(platform)  # here, so that stored steps find what their kernels register
         defaults = DEFAULTS.get(platform, DEFAULTS["gpu"])
         mesh = make_mesh(config.dp_size, config.tp_size, devices, ep_size=config.ep_size)
         rules = ShardingRules(mesh)

@@ -5,6 +5,7 @@ from pallas_kernels.ragged_paged_attention.api import (
     cache_axes,
     cache_shape,
     default_page_size,
+    import_kernels,
     ragged_paged_attention,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
     "cache_axes",
     "cache_shape",
     "default_page_size",
+    "import_kernels",
     "ragged_paged_attention",
 ]

@@ -1,12 +1,13 @@
 """The public names of ragged paged attention."""
 
+import importlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.ragged_paged_attention import gpu, reference, tpu, xla
+from pallas_kernels.ragged_paged_attention import reference, xla
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     TOKEN_MINOR_RANK,
@@ -22,10 +23,30 @@ __all__ = [
     "cache_axes",
     "cache_shape",
     "default_page_size",
+    "import_kernels",
     "ragged_paged_attention",
 ]
 
 _CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# The module of each platform's kernel. Deferred: with Pallas behind them, these take a third of
+# all imports of a server, and a CPU needs none of them.
+_KERNELS = {
+    "cuda": "pallas_kernels.ragged_paged_attention.gpu",
+    "rocm": "pallas_kernels.ragged_paged_attention.gpu",
+    "gpu": "pallas_kernels.ragged_paged_attention.gpu",
+    "tpu": "pallas_kernels.ragged_paged_attention.tpu",
+}
+
+
+def import_kernels(platform: str) -> None:
+    """Import what the kernels of `platform` need, also to run a program compiled earlier."""
+    if platform in _KERNELS:
+        importlib.import_module(_KERNELS[platform])
+
+
+def _kernel(platform: str, *arrays: jax.Array | None, **options: object):
+    """Call the kernel of `platform`, imported only now."""
+    return importlib.import_module(_KERNELS[platform]).ragged_paged_attention(*arrays, **options)
 
 
 def default_page_size(platform: str) -> int:
@@ -111,17 +132,14 @@ def ragged_paged_attention(
         Implementation(
             "gpu",
             partial(
-                gpu.ragged_paged_attention,
-                **options,
-                decode_only=decode_only,
-                device_kind=device_kind,
+                _kernel, "gpu", **options, decode_only=decode_only, device_kind=device_kind
             ),
             platforms=("cuda", "rocm"),
             automatic=cache.ndim != TOKEN_MINOR_RANK,
         ),
         Implementation(
             "tpu",
-            partial(tpu.ragged_paged_attention, **options),
+            partial(_kernel, "tpu", **options),
             platforms=("tpu",),
             automatic=laid_out_for_tpu,
         ),
