@@ -6,6 +6,7 @@ compiling for a TPU on a machine without one picks the TPU kernel. Nothing here 
 are present.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,18 @@ class Implementation:
     def serves(self, platform: str | None) -> bool:
         """Whether it may be chosen for `platform` (None: a platform nobody names)."""
         return self.automatic and (self.platforms is None or platform in self.platforms)
+
+
+def deferred(module: str, function: str) -> Callable:
+    """A function of a module that is imported when it is called.
+
+    Pallas, and the kernels with it, are a third of all that a server imports; a CPU needs neither.
+    """
+
+    def call(*arrays: jax.Array | None, **options: object):
+        return getattr(importlib.import_module(module), function)(*arrays, **options)
+
+    return call
 
 
 class NoImplementation(ExceptionGroup, NotImplementedError):

@@ -21,6 +21,11 @@ def device_name(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
 
 
+def is_hopper(device_kind: str | None) -> bool:
+    """Whether a device, as JAX names it, is a Hopper GPU: H20, H100, H200, H800, GH200."""
+    return device_kind is not None and re.match(r"NVIDIA G?H\d", device_kind) is not None
+
+
 def shape_key(**sizes: object) -> str:
     """The key of a shape, its sizes in the order given: "head_dim=128 group=4"."""
     return " ".join(f"{name}={size}" for name, size in sizes.items())

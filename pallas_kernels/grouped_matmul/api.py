@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.grouped_matmul import gpu, reference, xla
+from pallas_kernels.dispatch import Implementation, deferred, dispatch
+from pallas_kernels.grouped_matmul import reference, xla
 
 __all__ = ["grouped_matmul"]
 
@@ -43,8 +43,9 @@ def grouped_matmul(
     Raises ValueError for shapes and dtypes that do not fit together.
     """
     _check(x, w, group_sizes)
-    triton = Implementation(
-        "triton", partial(gpu.grouped_matmul, device_kind=device_kind), platforms=("cuda",)
+    kernel = deferred("pallas_kernels.grouped_matmul.gpu", "grouped_matmul")
+    triton = Implementation(  # only when named: it has not run on a card yet
+        "triton", partial(kernel, device_kind=device_kind), platforms=("cuda",), automatic=False
     )
     return dispatch(
         "grouped_matmul",

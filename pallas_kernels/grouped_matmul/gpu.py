@@ -19,13 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.tuning import shape_key, tuned
+from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 OP = "grouped_matmul"
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
 _PROGRAMS = 256  # to aim at for few rows: about two for each of an H100's 132 multiprocessors
 _TILES_TOGETHER = 8  # row tiles whose programs for the same columns run side by side
-_HOPPER = ("H100", "H200", "H800", "GH200")
+_MOST_NUMBERS = 2**31  # of an array: Triton counts them in 32 bits
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,14 @@ def grouped_matmul(
 ) -> jax.Array:
     """See `api.grouped_matmul`; the tiling is chosen here where it is None.
 
-    Raises NotImplementedError for arrays without elements.
+    Raises NotImplementedError for arrays without elements, or with 2**31 and more.
     """
     problem = problem_of(x, w)
     num_groups, outer = problem.num_groups, problem.outer
     if 0 in (x.size, w.size):
         raise NotImplementedError("the GPU kernel needs at least one row, column and group")
+    if max(x.size, w.size) >= _MOST_NUMBERS:
+        raise NotImplementedError(f"the GPU kernel takes no array of {max(x.size, w.size)} numbers")
     tiling = tiling or choose_tiling(problem, device_kind)
     together = _TILES_TOGETHER if tiling.rows >= 64 else 1
     tiles = row_tiles(problem, tiling.rows, group_sizes, multiple_of=together)
@@ -241,8 +243,7 @@ def _default(problem: Problem, device_kind: str | None) -> Tiling:
     if problem.precise:
         return Tiling(min(rows, 64), 64, 32, 4, 2)
     if rows == 128:
-        is_hopper = any(name in (device_kind or "") for name in _HOPPER)
-        wide = is_hopper and problem.outer >= 1024
+        wide = is_hopper(device_kind) and problem.outer >= 1024
         return Tiling(128, 256 if wide else 128, 64, 8, 3)
     if rows == 64:
         return Tiling(64, 128, 64, 4, 3)

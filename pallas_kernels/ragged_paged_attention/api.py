@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation, deferred, dispatch
 from pallas_kernels.ragged_paged_attention import reference, xla
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
@@ -28,25 +28,15 @@ __all__ = [
 ]
 
 _CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-# The module of each platform's kernel. Deferred: with Pallas behind them, these take a third of
-# all imports of a server, and a CPU needs none of them.
-_KERNELS = {
-    "cuda": "pallas_kernels.ragged_paged_attention.gpu",
-    "rocm": "pallas_kernels.ragged_paged_attention.gpu",
-    "gpu": "pallas_kernels.ragged_paged_attention.gpu",
-    "tpu": "pallas_kernels.ragged_paged_attention.tpu",
-}
+_GPU = "pallas_kernels.ragged_paged_attention.gpu"
+_TPU = "pallas_kernels.ragged_paged_attention.tpu"
+_MODULES = {"cuda": _GPU, "rocm": _GPU, "gpu": _GPU, "tpu": _TPU}
 
 
 def import_kernels(platform: str) -> None:
     """Import what the kernels of `platform` need, also to run a program compiled earlier."""
-    if platform in _KERNELS:
-        importlib.import_module(_KERNELS[platform])
-
-
-def _kernel(platform: str, *arrays: jax.Array | None, **options: object):
-    """Call the kernel of `platform`, imported only now."""
-    return importlib.import_module(_KERNELS[platform]).ragged_paged_attention(*arrays, **options)
+    if platform in _MODULES:
+        importlib.import_module(_MODULES[platform])
 
 
 def default_page_size(platform: str) -> int:
@@ -132,14 +122,17 @@ def ragged_paged_attention(
         Implementation(
             "gpu",
             partial(
-                _kernel, "gpu", **options, decode_only=decode_only, device_kind=device_kind
+                deferred(_GPU, "ragged_paged_attention"),
+                **options,
+                decode_only=decode_only,
+                device_kind=device_kind,
             ),
             platforms=("cuda", "rocm"),
             automatic=cache.ndim != TOKEN_MINOR_RANK,
         ),
         Implementation(
             "tpu",
-            partial(_kernel, "tpu", **options),
+            partial(deferred(_TPU, "ragged_paged_attention"), **options),
             platforms=("tpu",),
             automatic=laid_out_for_tpu,
         ),

@@ -36,7 +36,7 @@ from pallas_kernels.ragged_paged_attention.layout import (
     page_size_of,
     token_rows,
 )
-from pallas_kernels.tuning import shape_key, tuned
+from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 DECODE, PREFILL = "ragged_paged_attention.decode", "ragged_paged_attention.prefill"
 HOPPER_PREFILL = "ragged_paged_attention.hopper_prefill"
@@ -158,7 +158,7 @@ def prefill_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
 
 def hopper_config(problem: Problem, device_kind: str | None) -> hopper.PrefillConfig | None:
     """Sizes of the kernel for Hopper GPUs; None where the device is none, or unknown."""
-    if not hopper.is_hopper(device_kind) or problem.interpret:
+    if not is_hopper(device_kind) or problem.interpret:
         return None
     measured = tuned(device_kind, HOPPER_PREFILL, tuning_key(problem))
     if measured is not None:

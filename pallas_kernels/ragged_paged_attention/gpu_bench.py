@@ -142,7 +142,7 @@ def candidates(
             )
             for programs in (528, 1056)
         ]
-    if hopper.is_hopper(device_kind):
+    if tuning.is_hopper(device_kind):
         default = hopper.default_config(case.head_dim, group)
         changes = (
             *({}, {"num_programs": None}, {"take_turns": False}, {"heads_per_tile": 1}),

@@ -8,7 +8,6 @@ the last block's values, and while one warpgroup is in its softmax the other mul
 
 import functools
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,11 +26,6 @@ _SWIZZLE_BYTES = 128
 _SHARED_MEMORY_BYTES = 227 * 1024
 _REGISTERS = 65536  # Of one multiprocessor.
 _SUMS = 8  # Columns a row's sum is kept in: four threads hold two each.
-
-
-def is_hopper(device_kind: str | None) -> bool:
-    """Whether a device, as JAX names it, is a Hopper GPU: H20, H100, H200, H800, GH200."""
-    return device_kind is not None and re.match(r"NVIDIA G?H\d", device_kind) is not None
 
 
 @dataclass(frozen=True)

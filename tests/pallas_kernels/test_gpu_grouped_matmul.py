@@ -31,6 +31,7 @@ SIZES = (
     gpu.Tiling(64, 32, 32, 4, 2),
     gpu.Tiling(128, 64, 64, 4, 2),
 )
+TRITON = partial(grouped_matmul, implementation="triton")
 
 
 def relative_error(spec: ArgSpec, seed: int = 0, **options) -> float:
@@ -68,7 +69,7 @@ def shrink(spec: ArgSpec) -> ArgSpec:
     return spec
 
 
-def lowered(spec: ArgSpec, call=grouped_matmul) -> str:
+def lowered(spec: ArgSpec, call=TRITON) -> str:
     """The program for CUDA; newer versions of JAX must be told for which card."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=CARD)):
         return jax.jit(call).trace(*spec.shapes()).lower(lowering_platforms=("cuda",)).as_text()
@@ -127,7 +128,7 @@ def test_tiles_hold_every_row_once(sizes, spare, rows, multiple_of) -> None:
 def test_real_shapes_lower_for_cuda(experts: tuple[int, int, int], num_rows: int) -> None:
     spec = ArgSpec("", num_rows, *experts, (), "bfloat16")
     for device_kind in (None, H100):
-        text = lowered(spec, partial(grouped_matmul, device_kind=device_kind))
+        text = lowered(spec, partial(TRITON, device_kind=device_kind))
         assert text.count("__gpu$xla.gpu.triton") == 1
         assert "ragged_dot" not in text
 
@@ -137,11 +138,15 @@ def test_every_shape_lowers_for_cuda(spec: ArgSpec) -> None:
     assert "__gpu$xla.gpu.triton" in lowered(spec)
 
 
-def test_arrays_without_elements_are_left_to_others() -> None:
-    spec = ArgSpec("", 0, 4, 32, 32, ())
-    with pytest.raises(NotImplementedError, match="at least one row"):
+@pytest.mark.parametrize("sizes", [(0, 4, 32, 32), (8, 256, 7168, 4096)])
+def test_arrays_without_elements_or_with_too_many_are_refused(sizes: tuple[int, ...]) -> None:
+    spec = ArgSpec("", *sizes, (), "bfloat16")
+    with pytest.raises(NotImplementedError, match=r"at least one row|no array of 7516192768"):
         jax.eval_shape(gpu.grouped_matmul, *spec.shapes())
-    assert "triton" not in lowered(spec)
+
+
+def test_it_runs_only_where_it_is_asked_for() -> None:
+    assert "triton" not in lowered(AWKWARD, grouped_matmul)
 
 
 def test_local_shapes_inside_shard_map() -> None:
@@ -163,7 +168,7 @@ def test_local_shapes_inside_shard_map() -> None:
 
     out = quick_jit(sharded(partial(gpu.grouped_matmul, interpret=True), mesh))(*arguments)
     assert difference(AWKWARD, arguments, out) < 1e-5
-    assert "__gpu$xla.gpu.triton" in lowered(AWKWARD, sharded(grouped_matmul, cards))
+    assert "__gpu$xla.gpu.triton" in lowered(AWKWARD, sharded(TRITON, cards))
 
 
 @pytest.mark.parametrize("spec", GPU_SPECS, ids=lambda spec: spec.name)

@@ -114,8 +114,8 @@ def test_local_shapes_inside_shard_map() -> None:
     np.testing.assert_allclose(out, formula(x, w, group_sizes), atol=1e-4)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "rocm"])
-def test_other_accelerators_get_the_ragged_dot(platform: str) -> None:
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+def test_accelerators_get_the_ragged_dot(platform: str) -> None:
     traced = jax.jit(grouped_matmul).trace(*SMALL.arguments())
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "ragged_dot" in text
