@@ -266,15 +266,15 @@ class GGUFCheckpoint:
         """
         tensor = self._tensors[name]
         bounds = slice_bounds(name, tensor.shape, index)
-        shape = [stop - start for start, stop in bounds]
-        if 0 in shape:
-            return np.empty(shape, np.float32)
+        out = np.empty([stop - start for start, stop in bounds], np.float32)
+        if out.size == 0:
+            return out
         order = self._row_order(name)
         if len(tensor.shape) == 1:
             values = tensor.read_rows(0, 1)[0]
-            out = (values if order is None else values[order])[slice(*bounds[0])]
+            out[...] = (values if order is None else values[order])[slice(*bounds[0])]
         else:
-            out = _read_matrix(tensor, bounds, order)
+            _read_matrix(tensor, bounds, order, out)
         if self._architecture.norm_offset and name.endswith("norm.weight"):
             out -= self._architecture.norm_offset
         return out
@@ -295,16 +295,18 @@ class GGUFCheckpoint:
 
 
 def _read_matrix(
-    tensor: GGUFTensor, bounds: tuple[tuple[int, int], ...], order: np.ndarray | None
-) -> np.ndarray:
-    """Read the part `bounds` of a tensor of two or more axes, chunk by chunk."""
+    tensor: GGUFTensor,
+    bounds: tuple[tuple[int, int], ...],
+    order: np.ndarray | None,
+    out: np.ndarray,
+) -> None:
+    """Fill `out` with the part `bounds` of a tensor of two or more axes, chunk by chunk."""
     rows_per_item = tensor.num_rows // tensor.shape[0]
     step = max(1, READ_CHUNK_VALUES // (rows_per_item * tensor.shape[-1]))
     inner = tuple(slice(*bound) for bound in bounds[1:])
-    is_whole = bounds[1:] == tuple((0, size) for size in tensor.shape[1:])
     start, stop = bounds[0]
-
-    def read(first: int, last: int) -> np.ndarray:
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
         low, high, chosen = first, last, slice(None)
         if order is not None:
             wanted = order[first:last]
@@ -312,15 +314,7 @@ def _read_matrix(
             chosen = wanted - low
         chunk = tensor.read_rows(low * rows_per_item, high * rows_per_item)
         chunk = chunk.reshape(high - low, *tensor.shape[1:])
-        return chunk[chosen][:, *inner]
-
-    if is_whole and stop - start <= step:
-        return read(start, stop)  # all of it is asked for: no copy is needed
-    out = np.empty([stop - start for start, stop in bounds], np.float32)
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        out[first - start : last - start] = read(first, last)
-    return out
+        out[first - start : last - start] = chunk[chosen][:, *inner]
 
 
 def _find_architecture(metadata: Metadata) -> GGUFArchitecture:

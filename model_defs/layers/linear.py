@@ -151,14 +151,16 @@ def place_matrix(ctx: BuildContext, weights: Sequence[Weight]) -> Placed:
     rows = ctx.dim_map(weights[0].dims[1])
 
     def make(index: tuple[slice, ...], read: ReadTensor) -> np.ndarray:
-        parts = [
-            [gather(w, [c[s], rows[index[0]]], read) for w, c in zip(weights, columns, strict=True)]
+        blocks = [
+            np.concatenate(
+                [
+                    gather(w, [c[s], rows[index[0]]], read)
+                    for w, c in zip(weights, columns, strict=True)
+                ]
+            ).T
             for s in range(*index[1].indices(shards))
         ]
-        # Copied only where there is something to join: the largest part of loading is copying.
-        blocks = [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
-        stacked = blocks[0].T[:, None] if len(blocks) == 1 else np.stack([b.T for b in blocks], 1)
-        return stacked[:, :, index[2]]
+        return np.stack(blocks, axis=1)[:, :, index[2]]
 
     shape = (len(rows), shards, sum(c.shape[1] for c in columns))
     axes = (weights[0].dims[1][0].name, weights[0].dims[0][0].name, None)
