@@ -37,7 +37,8 @@ class Implementation:
 def deferred(module: str, function: str) -> Callable:
     """A function of a module that is imported when it is called.
 
-    Pallas, and the kernels with it, are a third of all that a server imports; a CPU needs neither.
+    Pallas, and the kernels with it, take a fifth of the time of a server's imports; a CPU needs
+    neither.
     """
 
     def call(*arrays: jax.Array | None, **options: object):
