@@ -20,6 +20,7 @@ from pallas_kernels.ragged_paged_attention import (
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, WIDTHS, ArgSpec
 
 from ..quick_compile import quick_jit
+from .cuda_lowering import A100, H100, lowered_for_cuda
 
 NAMES = [spec.name for spec in ARG_SPECS]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -78,8 +79,7 @@ def test_a_decode_only_step_equals_a_mixed_one():
 def test_kernels_lower_for_cuda(spec):
     arguments = jax.eval_shape(partial(spec.arguments, platform="gpu"))
     call = partial(ragged_paged_attention, **spec.options())
-    text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("triton") >= 3, "decode, merge and prefill"
+    assert lowered_for_cuda(call, *arguments).count("triton") >= 3, "decode, merge and prefill"
 
 
 def test_prompts_go_to_the_hopper_kernel_where_it_takes_them():
@@ -92,24 +92,19 @@ def test_prompts_go_to_the_hopper_kernel_where_it_takes_them():
     )
 
     def lowered(**options) -> str:
-        traced = jax.jit(partial(call, **{"scale": 1.0, **options})).trace(q, cache, *metadata)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        options = {"scale": 1.0, **options}
+        return lowered_for_cuda(partial(call, **options), q, cache, *metadata)
 
     assert "mosaic_gpu" in lowered(prefill=hopper.PrefillConfig())
-    assert "mosaic_gpu" in lowered(device_kind="NVIDIA H100 80GB HBM3")
-    assert "mosaic_gpu" not in lowered(device_kind="NVIDIA A100-SXM4-80GB")
+    assert "mosaic_gpu" in lowered(device_kind=H100)
+    assert "mosaic_gpu" not in lowered(device_kind=A100)
     assert "mosaic_gpu" not in lowered(device_kind="NVIDIA H200", softcap=30.0, scale=-1.0)
 
 
 def test_a_cache_of_a_cpu_is_left_to_others():
     spec = ARG_SPECS[0]
     arguments = spec.arguments(platform="cpu")
-    text = (
-        jax.jit(partial(ragged_paged_attention, **spec.options()))
-        .trace(*arguments)
-        .lower(lowering_platforms=("cuda",))
-        .as_text()
-    )
+    text = lowered_for_cuda(partial(ragged_paged_attention, **spec.options()), *arguments)
     assert "triton" not in text
 
 

@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractMesh
 
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul
 from pallas_kernels.grouped_matmul.arg_specs import ARG_SPECS, GPU_SPECS, ArgSpec
 
 from ..quick_compile import quick_jit
+from .cuda_lowering import A100, CARD, H100, lowered_for_cuda
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}  # of the norm of the result
 MOST_ROWS, MOST_NUMBERS = 600, 2**20  # of x, and of one group's matrix, when interpreted
-H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
-CARD = AbstractDevice(H100, None, "gpu")
 AWKWARD = ArgSpec("awkward", 150, 9, 48, 40, (0, 70, 0, 1, 16, 0, 33))
 SIZES = (
     gpu.Tiling(16, 16, 16, 4, 2),
@@ -70,9 +69,7 @@ def shrink(spec: ArgSpec) -> ArgSpec:
 
 
 def lowered(spec: ArgSpec, call=TRITON) -> str:
-    """The program for CUDA; newer versions of JAX must be told for which card."""
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=CARD)):
-        return jax.jit(call).trace(*spec.shapes()).lower(lowering_platforms=("cuda",)).as_text()
+    return lowered_for_cuda(call, *spec.shapes())
 
 
 @pytest.mark.parametrize("spec", [shrink(spec) for spec in ARG_SPECS], ids=lambda spec: spec.name)
