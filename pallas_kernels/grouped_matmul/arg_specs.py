@@ -32,19 +32,20 @@ class ArgSpec:
         x = rng.standard_normal((self.num_rows, self.inner), np.float32)
         x[sum(self.group_sizes) :] = np.nan
         w = rng.standard_normal((self.num_groups, self.inner, self.outer), np.float32)
-        sizes = np.zeros(self.num_groups, np.int32)
-        sizes[: len(self.group_sizes)] = self.group_sizes
-        return jnp.asarray(x, self.dtype), jnp.asarray(w, self.dtype), jnp.asarray(sizes)
+        return jnp.asarray(x, self.dtype), jnp.asarray(w, self.dtype), self._sizes()
 
     def device_arguments(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Like `arguments`, but made on the device, where large ones take no time."""
-        x, w, sizes = self.shapes()
+        x, w, _ = self.shapes()
         x_key, w_key = jax.random.split(jax.random.key(seed))
         unused = jnp.arange(self.num_rows)[:, None] >= sum(self.group_sizes)
         x = jnp.where(unused, jnp.nan, jax.random.normal(x_key, x.shape, x.dtype))
-        counts = (*self.group_sizes, *(0,) * (self.num_groups - len(self.group_sizes)))
-        w = jax.random.normal(w_key, w.shape, w.dtype)
-        return x, w, jnp.asarray(counts, sizes.dtype)
+        return x, jax.random.normal(w_key, w.shape, w.dtype), self._sizes()
+
+    def _sizes(self) -> jax.Array:
+        """Rows of every group, i32[num_groups]."""
+        unnamed = self.num_groups - len(self.group_sizes)
+        return jnp.asarray((*self.group_sizes, *(0,) * unnamed), jnp.int32)
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and dtypes of `arguments`, without making them."""

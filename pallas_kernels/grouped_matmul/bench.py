@@ -39,7 +39,6 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
         seconds.append(time.perf_counter() - started)
     seconds = seconds[2:]
     median = statistics.median(seconds)
-    memory = compiled.memory_analysis()
     used = sum(size > 0 for size in spec.group_sizes)
     matrix = spec.inner * spec.outer
     return {
@@ -47,8 +46,8 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
         "median_ms": round(1e3 * median, 3),
         "best_ms": round(1e3 * min(seconds), 3),
         "weight_gb_per_s": round(used * matrix * jnp.dtype(spec.dtype).itemsize / median / 1e9, 2),
-        "gflop_per_s": round(2 * sum(spec.group_sizes) * matrix / median / 1e9, 1),
-        "temp_mb": None if memory is None else round(memory.temp_size_in_bytes / 1e6, 2),
+        "gflop_per_s": round(spec.flops / median / 1e9, 1),
+        "temp_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 2),
         "implementation": implementation or "auto",
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.triton_blocks import block_mask, load_block
 from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 OP = "grouped_matmul"
@@ -158,7 +159,7 @@ def grouped_matmul(
             plt.store(
                 out_ref.at[rows[:, None], columns[None]],
                 value.astype(out_ref.dtype),
-                mask=_mask(value.shape, own, exists),
+                mask=block_mask(value.shape, own, exists),
             )
 
         @pl.when((group >= 0) & (group < num_groups))
@@ -210,8 +211,10 @@ def _product(problem, tiling, x_ref, w_ref, group, rows, columns, own, exists):
     def step(trip, total, masked=False):
         inner = trip * tiling.inner + jnp.arange(tiling.inner, dtype=jnp.int32)
         valid = inner < problem.inner if masked else None
-        x = _load(x_ref.at[rows[:, None], inner[None]], (tiling.rows, tiling.inner), own, valid)
-        w = _load(
+        x = load_block(
+            x_ref.at[rows[:, None], inner[None]], (tiling.rows, tiling.inner), own, valid
+        )
+        w = load_block(
             w_ref.at[group, inner[:, None], columns[None]],
             (tiling.inner, tiling.columns),
             valid,
@@ -223,18 +226,6 @@ def _product(problem, tiling, x_ref, w_ref, group, rows, columns, own, exists):
     total = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
     total = lax.fori_loop(0, whole, step, total)
     return total if problem.inner % tiling.inner == 0 else step(whole, total, masked=True)
-
-
-def _load(view, shape, rows, columns):
-    """Read a block; rows and columns that do not exist (None: all do) are zero."""
-    mask = _mask(shape, rows, columns)
-    return plt.load(view) if mask is None else plt.load(view, mask=mask, other=0)
-
-
-def _mask(shape, rows, columns):
-    parts = [] if rows is None else [jnp.broadcast_to(rows[:, None], shape)]
-    parts += [] if columns is None else [jnp.broadcast_to(columns[None], shape)]
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
 def _default(problem: Problem, device_kind: str | None) -> Tiling:

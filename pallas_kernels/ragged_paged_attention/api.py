@@ -30,7 +30,7 @@ __all__ = [
 _CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _GPU = "pallas_kernels.ragged_paged_attention.gpu"
 _TPU = "pallas_kernels.ragged_paged_attention.tpu"
-_MODULES = {"cuda": _GPU, "rocm": _GPU, "gpu": _GPU, "tpu": _TPU}
+_MODULES = {"gpu": _GPU, "tpu": _TPU}  # by what JAX calls the platform of a device
 
 
 def import_kernels(platform: str) -> None:

@@ -36,6 +36,7 @@ from pallas_kernels.ragged_paged_attention.layout import (
     page_size_of,
     token_rows,
 )
+from pallas_kernels.triton_blocks import block_mask, load_block
 from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 DECODE, PREFILL = "ragged_paged_attention.decode", "ragged_paged_attention.prefill"
@@ -748,28 +749,15 @@ def _columns(ref, at, piece: Piece, start: int):
     return ref.at[(*rows, start + piece.start + columns[None])], exists
 
 
-def _mask(shape: tuple[int, int], rows, columns):
-    parts = [
-        jnp.broadcast_to(each, shape)
-        for each in (
-            None if rows is None else rows[:, None],
-            None if columns is None else columns[None],
-        )
-        if each is not None
-    ]
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
-
-
 def _load(ref, at, piece: Piece, start: int, exists):
     """Read `[rows, piece.size]`; rows that do not exist, and columns, are zero."""
     view, columns = _columns(ref, at, piece, start)
-    mask = _mask((_num_rows(at), piece.size), exists, columns)
-    return plt.load(view) if mask is None else plt.load(view, mask=mask, other=0)
+    return load_block(view, (_num_rows(at), piece.size), exists, columns)
 
 
 def _store(ref, at, piece: Piece, value, exists, start: int = 0) -> None:
     view, columns = _columns(ref, at, piece, start)
-    plt.store(view, value.astype(ref.dtype), mask=_mask(value.shape, exists, columns))
+    plt.store(view, value.astype(ref.dtype), mask=block_mask(value.shape, exists, columns))
 
 
 def _num_rows(at) -> int:
