@@ -27,7 +27,7 @@ def gpu_attention_records(match: str):
     for case in gpu_bench.CASES:
         if match not in case.name:
             continue
-        seconds = gpu_bench.time_case_s(case, device_kind=device.device_kind)
+        seconds = gpu_bench.case_timer(case, device_kind=device.device_kind)()
         record = {
             "op": "ragged_paged_attention",
             "case": case.name,

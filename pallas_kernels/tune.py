@@ -10,9 +10,12 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,47 +39,61 @@ def best_of(times_s: dict[str, dict[object, float]]) -> object:
 class Case:
     """Something to time with each of `candidates`, dataclasses of sizes.
 
-    op, key: where the best ones are kept. time_s: seconds of a call with one of them.
+    op, key: where the best ones are kept. timer: compiles a call with one of them, and returns
+    what runs it and returns seconds.
     """
 
     name: str
     op: str
     key: str
     candidates: Sequence[Any]
-    time_s: Callable[[Any], float]
+    timer: Callable[[Any], Callable[[], float]]
+
+
+def _attention_timer(case: gpu_bench.Case, device_kind: str, sizes: Any) -> Callable[[], float]:
+    return gpu_bench.case_timer(case, device_kind=device_kind, sizes=sizes)
 
 
 def attention_cases(device_kind: str) -> Iterator[Case]:
     for case in gpu_bench.CASES:
-
-        def time_s(sizes: Any, case: gpu_bench.Case = case) -> float:
-            return gpu_bench.time_case_s(case, device_kind=device_kind, sizes=sizes)
-
+        timer = partial(_attention_timer, case, device_kind)
         op, candidates = gpu_bench.candidates(case, device_kind)
-        yield Case(case.name, op, case.key(), candidates, time_s)
+        yield Case(case.name, op, case.key(), candidates, timer)
+
+
+def _grouped_matmul_timer(
+    spec: arg_specs.ArgSpec, device_kind: str, sizes: Any
+) -> Callable[[], float]:
+    return bench.gpu_timer(spec, device_kind=device_kind, tiling=sizes)
 
 
 def grouped_matmul_cases(device_kind: str) -> Iterator[Case]:
     for spec in arg_specs.GPU_SPECS:
         problem = gpu.problem_of(*spec.shapes()[:2])
-
-        def time_s(sizes: Any, spec: arg_specs.ArgSpec = spec) -> float:
-            return bench.time_gpu_case_s(spec, device_kind=device_kind, tiling=sizes)
-
-        yield Case(spec.name, gpu.OP, problem.key(), gpu.candidates(problem), time_s)
+        timer = partial(_grouped_matmul_timer, spec, device_kind)
+        yield Case(spec.name, gpu.OP, problem.key(), gpu.candidates(problem), timer)
 
 
 OPS = {"ragged_paged_attention": attention_cases, "grouped_matmul": grouped_matmul_cases}
 
 
 def tune(cases: Iterable[Case], device: jax.Device) -> None:
-    """Time every candidate of every case; prints a JSON line each, then writes the best."""
+    """Time every candidate of every case; prints a JSON line each, then writes the best.
+
+    Candidates are compiled on all cores at once, and timed one after the other.
+    """
     times: dict[tuple[str, str], dict[str, dict[object, float]]] = defaultdict(dict)
-    for case in cases:
-        seconds = times[case.op, case.key].setdefault(case.name, {})
-        for sizes in case.candidates:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = [
+            (case, sizes, pool.submit(case.timer, sizes))
+            for case in cases
+            for sizes in case.candidates
+        ]
+        wait(future for _, _, future in compiling)  # what is timed has the machine to itself
+        for case, sizes, future in compiling:
+            seconds = times[case.op, case.key].setdefault(case.name, {})
             try:
-                seconds[sizes] = case.time_s(sizes)
+                seconds[sizes] = future.result()()
             except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # too large, say
                 print(json.dumps({"case": case.name, "sizes": str(sizes), "error": str(error)}))
                 continue

@@ -44,9 +44,7 @@ def grouped_matmul(
     """
     _check(x, w, group_sizes)
     kernel = deferred("pallas_kernels.grouped_matmul.gpu", "grouped_matmul")
-    triton = Implementation(  # only when named: it has not run on a card yet
-        "triton", partial(kernel, device_kind=device_kind), platforms=("cuda",), automatic=False
-    )
+    triton = Implementation("triton", partial(kernel, device_kind=device_kind), platforms=("cuda",))
     return dispatch(
         "grouped_matmul",
         (triton, *_FALLBACKS),

@@ -11,12 +11,12 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu_timing import copy_bytes_per_s, matmul_flops_per_s, time_per_call_s
+from pallas_kernels.gpu_timing import compile_timer, copy_bytes_per_s, matmul_flops_per_s
 from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.arg_specs import ARG_SPECS, GPU_SPECS, ArgSpec
@@ -56,21 +56,23 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
     }
 
 
-def time_gpu_case_s(
+def gpu_timer(
     spec: ArgSpec,
     *,
     device_kind: str | None,
     implementation: str | None = "triton",
     tiling: gpu.Tiling | None = None,
-) -> float:
-    """Seconds of one call on a GPU, with these sizes of the kernel where a tiling is given.
+) -> Callable[[], float]:
+    """Compile a call, with these sizes of the kernel where a tiling is given; see `compile_timer`.
 
     Calls in a row use other groups, so that no matrix is still in the card's cache.
     """
-    x, w, group_sizes = spec.device_arguments()
     counts = (1, 5) if spec.num_rows > 8192 else (4, 16)
     shift = max(1, spec.num_groups // 8)
-    inputs = [(x, jnp.roll(group_sizes, shift * i)) for i in range(counts[1])]
+
+    def make():
+        x, w, group_sizes = spec.device_arguments()
+        return [(x, jnp.roll(group_sizes, shift * i)) for i in range(counts[1])], (w,)
 
     def call(each, w):
         if tiling is not None:
@@ -79,7 +81,7 @@ def time_gpu_case_s(
             each[0], w, each[1], device_kind=device_kind, implementation=implementation
         )
 
-    return time_per_call_s(call, inputs, (w,), counts)
+    return compile_timer(call, make, counts)
 
 
 def gpu_records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:
@@ -90,7 +92,8 @@ def gpu_records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:
         if match not in spec.name:
             continue
         for name in implementations:
-            seconds = time_gpu_case_s(spec, device_kind=device.device_kind, implementation=name)
+            time_s = gpu_timer(spec, device_kind=device.device_kind, implementation=name)
+            seconds = time_s()
             bytes_per_s, flops_per_s = spec.used_bytes / seconds, spec.flops / seconds
             yield {
                 "op": "grouped_matmul",

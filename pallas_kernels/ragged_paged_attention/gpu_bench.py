@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tuning
-from pallas_kernels.gpu_timing import time_per_call_s
+from pallas_kernels.gpu_timing import compile_timer
 from pallas_kernels.ragged_paged_attention import gpu, hopper
 from pallas_kernels.ragged_paged_attention.layout import cache_shape
 
@@ -97,18 +98,25 @@ class Case:
         )
 
 
-def time_case_s(
+def case_timer(
     case: Case,
     *,
     device_kind: str | None,
     sizes: gpu.Tiling | hopper.PrefillConfig | None = None,
     **options: Any,
-) -> float:
-    """Seconds of one attention call, without the write of new tokens; `options` of `gpu.attend`."""
-    counts = (4, 16)
+) -> Callable[[], float]:
+    """Compile one attention call, without the write of new tokens; the result times it, in seconds.
+
+    options: of `gpu.attend`.
+    """
+    counts = (8, 40) if case.kv_bytes < CACHE_BYTES else (4, 16)
     copies = min(counts[1], max(1, math.ceil(CACHE_BYTES / case.kv_bytes)))
-    caches = [case.cache(seed) for seed in range(copies)]
     given = {"decode" if case.is_decode else "prefill": sizes}
+
+    def make():
+        caches = [case.cache(seed) for seed in range(copies)]
+        inputs = [(case.queries(i), caches[i % copies]) for i in range(counts[1])]
+        return inputs, case.metadata()
 
     def call(inputs, *metadata):
         return gpu.attend(
@@ -123,8 +131,7 @@ def time_case_s(
             **options,
         )
 
-    inputs = [(case.queries(i), caches[i % copies]) for i in range(counts[1])]
-    return time_per_call_s(call, inputs, case.metadata(), counts)
+    return compile_timer(call, make, counts)
 
 
 def candidates(
