@@ -69,7 +69,8 @@ def _grouped_matmul_timer(
 
 def grouped_matmul_cases(device_kind: str) -> Iterator[Case]:
     for spec in arg_specs.GPU_SPECS:
-        problem = gpu.problem_of(*spec.shapes()[:2])
+        x, w, _, *rows = spec.shapes()
+        problem = gpu.problem_of(x, w, *rows, **spec.options)
         timer = partial(_grouped_matmul_timer, spec, device_kind)
         yield Case(spec.name, gpu.OP, problem.key(), gpu.candidates(problem), timer)
 

@@ -39,6 +39,7 @@ def make_buckets(
     powers of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little:
     only its last token's logits. With `fine` there are sizes between the powers of two where
     padding costs time: at most a quarter of a step up to 2048 tokens is padding, a third beyond.
+    A short prompt beside few rows has mixed buckets (t, t / 2) with t up to max_rows, then, too.
 
     Raises:
         ValueError: the maxima are not 1 <= max_rows <= max_tokens.
@@ -58,7 +59,11 @@ def make_buckets(
     else:
         tokens = _doubling(min(max_tokens, max(_SMALLEST_MIXED, 2 * least)), max_tokens)
     decode = {Bucket(size, size, True) for size in rows if size < max_tokens} if decodes else set()
-    return tuple(sorted(decode | {Bucket(size, max_rows) for size in tokens}))
+    short = {
+        Bucket(size, size // 2)
+        for size in (_doubling(_FREE_PADDING, least) if fine and least > _FREE_PADDING else ())
+    }
+    return tuple(sorted(decode | short | {Bucket(size, max_rows) for size in tokens}))
 
 
 def choose(

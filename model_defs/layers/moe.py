@@ -34,7 +34,7 @@ from model_defs.layers.linear import (
 )
 from model_defs.layers.mlp import MLP
 from model_defs.sharding import EXPERT, MODEL, Axis
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import group_rows, grouped_matmul
 
 Choice = tuple[Float[Array, "T k"], Int[Array, "T k"]]
 
@@ -327,12 +327,12 @@ def _routed_experts(
     count, top_k = gate_up.shape[0], ids.shape[1]
     mine = ids.reshape(-1) - group * count
     mine = jnp.where((mine >= 0) & (mine < count), mine, count)  # others' rows go to the end
-    order = jnp.argsort(mine, stable=True)
-    sizes = jnp.bincount(mine, length=count + 1)[:count].astype(jnp.int32)
+    order, places, sizes = group_rows(mine.astype(jnp.int32), count)
 
-    gate, up = jnp.split(product(x[order // top_k], gate_up[:, :, 0], sizes), 2, axis=-1)
-    rows = product(spec.expert.combine(gate, up), down[:, :, 0], sizes)
-    parts = rows[jnp.argsort(order)].reshape(*ids.shape, -1).astype(jnp.float32)
+    combine = spec.expert.combine
+    hidden = product(x, gate_up[:, :, 0], sizes, order // top_k, combine=combine)
+    rows = product(hidden, down[:, :, 0], sizes)
+    parts = rows[places].reshape(*ids.shape, -1).astype(jnp.float32)
     y = (parts * weights[:, :, None]).sum(1).astype(x.dtype)
     return jax.lax.psum(y, over) if over else y
 

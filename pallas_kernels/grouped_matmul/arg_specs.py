@@ -4,6 +4,7 @@ ARG_SPECS fit anywhere. GPU_SPECS are a gigabyte or so each: for a card, or for 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ class ArgSpec:
 
     group_sizes: rows of the first groups; those not named get none.
     num_rows: M, at least the sum of group_sizes.
+    copies: x has a row for each `copies` rows of the product, which take them in some order; 0: x
+        has the rows themselves.
+    halves: whether the halves of the product are combined.
     """
 
     name: str
@@ -25,47 +29,80 @@ class ArgSpec:
     outer: int
     group_sizes: tuple[int, ...]
     dtype: str = "float32"
+    copies: int = 0
+    halves: bool = False
 
-    def arguments(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Random x, w, group_sizes; rows that no group owns are NaN."""
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of the operation."""
+        return {"combine": gated} if self.halves else {}
+
+    def arguments(self, seed: int = 0) -> tuple[jax.Array, ...]:
+        """Random x, w, group_sizes, and rows if the spec has them; unused rows of x are NaN."""
         rng = np.random.default_rng(seed)
-        x = rng.standard_normal((self.num_rows, self.inner), np.float32)
-        x[sum(self.group_sizes) :] = np.nan
+        x = rng.standard_normal((self._num_sources, self.inner), np.float32)
+        x[self._unused] = np.nan
         w = rng.standard_normal((self.num_groups, self.inner, self.outer), np.float32)
-        return jnp.asarray(x, self.dtype), jnp.asarray(w, self.dtype), self._sizes()
+        return jnp.asarray(x, self.dtype), jnp.asarray(w, self.dtype), *self._metadata()
 
-    def device_arguments(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def device_arguments(self, seed: int = 0) -> tuple[jax.Array, ...]:
         """Like `arguments`, but made on the device, where large ones take no time."""
-        x, w, _ = self.shapes()
+        x, w, *_ = self.shapes()
         x_key, w_key = jax.random.split(jax.random.key(seed))
-        unused = jnp.arange(self.num_rows)[:, None] >= sum(self.group_sizes)
-        x = jnp.where(unused, jnp.nan, jax.random.normal(x_key, x.shape, x.dtype))
-        return x, jax.random.normal(w_key, w.shape, w.dtype), self._sizes()
-
-    def _sizes(self) -> jax.Array:
-        """Rows of every group, i32[num_groups]."""
-        unnamed = self.num_groups - len(self.group_sizes)
-        return jnp.asarray((*self.group_sizes, *(0,) * unnamed), jnp.int32)
+        x = jax.random.normal(x_key, x.shape, x.dtype)
+        x = jnp.where(jnp.asarray(self._unused)[:, None], jnp.nan, x)
+        return x, jax.random.normal(w_key, w.shape, w.dtype), *self._metadata()
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and dtypes of `arguments`, without making them."""
+        matrices = (self.num_groups, self.inner, self.outer)
+        integers = [(self.num_groups,), (self.num_rows,)] if self.copies else [(self.num_groups,)]
         return (
-            jax.ShapeDtypeStruct((self.num_rows, self.inner), self.dtype),
-            jax.ShapeDtypeStruct((self.num_groups, self.inner, self.outer), self.dtype),
-            jax.ShapeDtypeStruct((self.num_groups,), "int32"),
+            jax.ShapeDtypeStruct((self._num_sources, self.inner), self.dtype),
+            jax.ShapeDtypeStruct(matrices, self.dtype),
+            *(jax.ShapeDtypeStruct(shape, "int32") for shape in integers),
         )
+
+    @property
+    def _num_sources(self) -> int:
+        """Rows of x; with copies there is one more, which only unused rows are copies of."""
+        return self.num_rows // self.copies + 1 if self.copies else self.num_rows
+
+    @property
+    def _unused(self) -> np.ndarray:
+        """bool, the rows of x that nothing may come from."""
+        if self.copies:
+            return np.arange(self._num_sources) == self._num_sources - 1
+        return np.arange(self.num_rows) >= sum(self.group_sizes)
+
+    def _metadata(self) -> tuple[jax.Array, ...]:
+        """group_sizes, and rows if there are."""
+        unnamed = self.num_groups - len(self.group_sizes)
+        sizes = jnp.asarray((*self.group_sizes, *(0,) * unnamed), jnp.int32)
+        if not self.copies:
+            return (sizes,)
+        rows = np.random.default_rng(0).permutation(self.num_rows) // self.copies
+        rows[sum(self.group_sizes) :] = self._num_sources - 1
+        return sizes, jnp.asarray(rows, jnp.int32)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the matrices in use, of the rows of x and of the result, once each."""
         used = sum(size > 0 for size in self.group_sizes)
         numbers = used * self.inner * self.outer
-        numbers += sum(self.group_sizes) * self.inner + self.num_rows * self.outer
+        sources = self._num_sources if self.copies else sum(self.group_sizes)
+        width = self.outer // 2 if self.halves else self.outer
+        numbers += sources * self.inner + self.num_rows * width
         return numbers * jnp.dtype(self.dtype).itemsize
 
     @property
     def flops(self) -> int:
         return 2 * sum(self.group_sizes) * self.inner * self.outer
+
+
+def gated(left: jax.Array, right: jax.Array) -> jax.Array:
+    """What most gated networks make of their halves, in the dtype of both."""
+    return jax.nn.silu(left.astype(jnp.float32)).astype(left.dtype) * right
 
 
 def _spread(num_rows: int, num_groups: int, seed: int = 0) -> tuple[int, ...]:
@@ -94,15 +131,18 @@ ARG_SPECS: tuple[ArgSpec, ...] = (
     ArgSpec("one_row", 1, 4, 32, 32, (0, 0, 1)),
     ArgSpec("one_group", 37, 1, 32, 24, (31,)),
     ArgSpec("half", 50, 6, 32, 24, (9, 0, 20, 5), "float16"),
+    ArgSpec("gathered", 128, 6, 48, 40, (9, 0, 60, 35), copies=8),
+    ArgSpec("combined", 100, 6, 48, 80, (9, 0, 20, 50), halves=True),
+    ArgSpec("gathered_combined", 96, 6, 64, 64, (9, 0, 20, 67), "bfloat16", 4, True),
 )
 
 
 def _olmoe(tokens: int, name: str) -> tuple[ArgSpec, ArgSpec]:
-    """A step of OLMoE-1B-7B, 8 of 64 experts a token: gate and up in one, and down."""
+    """A step of OLMoE-1B-7B, 8 of 64 experts a token: gate and up combined, and down."""
     rows = 8 * tokens
     sizes = (1,) * 8 if tokens == 1 else _spread(rows, 64)
     return (
-        ArgSpec(f"olmoe_1b-{name}-gate_up", rows, *_OLMOE_1B, sizes, "bfloat16"),
+        ArgSpec(f"olmoe_1b-{name}-gate_up", rows, *_OLMOE_1B, sizes, "bfloat16", 8, True),
         ArgSpec(f"olmoe_1b-{name}-down", rows, *_OLMOE_1B_DOWN, sizes, "bfloat16"),
     )
 

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,7 @@ def time_case(spec: ArgSpec, *, repeats: int, implementation: str | None = None)
     """Run one case; returns the JSON record."""
     arguments = spec.arguments()
 
-    def call(x, w, group_sizes):
-        return grouped_matmul(x, w, group_sizes, implementation=implementation)
-
+    call = partial(grouped_matmul, implementation=implementation, **spec.options)
     compiled = jax.jit(call).lower(*arguments).compile()
     seconds = []
     for _ in range(repeats + 2):
@@ -71,15 +70,16 @@ def gpu_timer(
     shift = max(1, spec.num_groups // 8)
 
     def make():
-        x, w, group_sizes = spec.device_arguments()
-        return [(x, jnp.roll(group_sizes, shift * i)) for i in range(counts[1])], (w,)
+        x, w, group_sizes, *rows = spec.device_arguments()
+        return [jnp.roll(group_sizes, shift * i) for i in range(counts[1])], (x, w, *rows)
 
-    def call(each, w):
-        if tiling is not None:
-            return gpu.grouped_matmul(each[0], w, each[1], tiling=tiling)
-        return grouped_matmul(
-            each[0], w, each[1], device_kind=device_kind, implementation=implementation
-        )
+    if tiling is None:
+        product = partial(grouped_matmul, device_kind=device_kind, implementation=implementation)
+    else:
+        product = partial(gpu.grouped_matmul, tiling=tiling)
+
+    def call(group_sizes, x, w, *rows):
+        return product(x, w, group_sizes, *rows, **spec.options)
 
     return compile_timer(call, make, counts)
 

@@ -6,11 +6,16 @@ worked out on the device from the group sizes. The number of tiles is bounded by
 programs without a tile end at once, and matrices of groups without rows are not read. Rows past the
 last group's are tiles, too, whose programs only write zeros.
 
+Rows of x are gathered as they are read, and the two halves of the columns combined before they are
+written: neither the gathered rows nor the halves are ever in memory.
+
 Sums are kept in float32; products of float32 are exact (IEEE), not rounded to a shorter type.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -27,14 +32,16 @@ _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at lea
 _PROGRAMS = 256  # to aim at for few rows: about two for each of an H100's 132 multiprocessors
 _TILES_TOGETHER = 8  # row tiles whose programs for the same columns run side by side
 _MOST_NUMBERS = 2**31  # of an array: Triton counts them in 32 bits
+_ERROR_FUNCTION = re.compile(r"\berfc?\b")  # in a jaxpr; what Pallas does not lower to Triton
 
 
 @dataclass(frozen=True)
 class Tiling:
     """How the product is cut into programs.
 
-    rows, columns: of the block of the result that one program makes. inner: numbers of a row of x
-    per trip of its loop. All three are powers of two, 16 or more. num_warps, num_stages: Triton's.
+    rows, columns: of the block of the product that one program makes; where halves are combined, it
+    makes half as many columns of each. inner: numbers of a row of x per trip of its loop. All three
+    are powers of two, 16 or more. num_warps, num_stages: Triton's.
     """
 
     rows: int
@@ -46,17 +53,30 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is static about a call: x [num_rows, inner], w [num_groups, inner, outer]."""
+    """What is static about a call: num_rows rows times w [num_groups, inner, outer].
+
+    halves: whether the halves of the product's columns are combined.
+    """
 
     num_rows: int
     num_groups: int
     inner: int
     outer: int
     dtype: str
+    halves: bool = False
 
     @property
     def precise(self) -> bool:
         return self.dtype == "float32"
+
+    @property
+    def num_halves(self) -> int:
+        return 2 if self.halves else 1
+
+    @property
+    def width(self) -> int:
+        """Columns of the result."""
+        return self.outer // self.num_halves
 
     def num_tiles(self, rows: int) -> int:
         """The most tiles that any group sizes give; each group begins one, the unused rows, too."""
@@ -71,13 +91,15 @@ class Problem:
             inner=self.inner,
             outer=self.outer,
             itemsize=jnp.dtype(self.dtype).itemsize,
+            halves=int(self.halves),
         )
 
 
-def problem_of(x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct) -> Problem:
-    """What is static about x [M, K] times w [E, K, N]."""
+def problem_of(x, w, rows=None, combine=None) -> Problem:
+    """What is static about `api.grouped_matmul` of these arrays, or of their shapes and dtypes."""
     num_groups, inner, outer = w.shape
-    return Problem(x.shape[0], num_groups, inner, outer, str(x.dtype))
+    num_rows = (x if rows is None else rows).shape[0]
+    return Problem(num_rows, num_groups, inner, outer, str(x.dtype), combine is not None)
 
 
 def choose_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
@@ -121,7 +143,9 @@ def grouped_matmul(
     x: jax.Array,
     w: jax.Array,
     group_sizes: jax.Array,
+    rows: jax.Array | None = None,
     *,
+    combine: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     device_kind: str | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,
@@ -130,56 +154,77 @@ def grouped_matmul(
 
     Raises NotImplementedError for arrays without elements, or with 2**31 and more.
     """
-    problem = problem_of(x, w)
-    num_groups, outer = problem.num_groups, problem.outer
-    if 0 in (x.size, w.size):
+    if combine is not None and _ERROR_FUNCTION.search(_jaxpr_text(combine, x.dtype)):
+        options = {"device_kind": device_kind, "tiling": tiling, "interpret": interpret}
+        halves = grouped_matmul(x, w, group_sizes, rows, **options)
+        return combine(*jnp.split(halves, 2, axis=-1))
+    problem = problem_of(x, w, rows, combine)
+    num_groups, width = problem.num_groups, problem.width
+    numbers = max(x.size, w.size, problem.num_rows * width)
+    if 0 in (x.size, w.size, problem.num_rows):
         raise NotImplementedError("the GPU kernel needs at least one row, column and group")
-    if max(x.size, w.size) >= _MOST_NUMBERS:
-        raise NotImplementedError(f"the GPU kernel takes no array of {max(x.size, w.size)} numbers")
+    if numbers >= _MOST_NUMBERS:
+        raise NotImplementedError(f"the GPU kernel takes no array of {numbers} numbers")
     tiling = tiling or choose_tiling(problem, device_kind)
     together = _TILES_TOGETHER if tiling.rows >= 64 else 1
     tiles = row_tiles(problem, tiling.rows, group_sizes, multiple_of=together)
-    blocks = -(-outer // tiling.columns)
+    num_columns = tiling.columns // problem.num_halves
+    blocks = -(-width // num_columns)
     # All programs of `together` tiles for some columns, then for the next: what they read of x
     # and w is small enough for the card's cache.
     span = together * blocks
 
-    def kernel(tiles_ref, x_ref, w_ref, out_ref):
+    def kernel(tiles_ref, x_ref, w_ref, *refs):
+        *rows_refs, out_ref = refs
         program = pl.program_id(0)
         within = lax.rem(program, span)
         tile = lax.div(program, span) * together + lax.rem(within, together)
         group, start, stop = (tiles_ref[tile, i] for i in range(3))
-        rows = start + jnp.arange(tiling.rows, dtype=jnp.int32)
-        columns = lax.div(within, together) * tiling.columns
-        columns += jnp.arange(tiling.columns, dtype=jnp.int32)
-        own = rows < stop
-        exists = None if outer % tiling.columns == 0 else columns < outer
+        places = start + jnp.arange(tiling.rows, dtype=jnp.int32)
+        columns = lax.div(within, together) * num_columns
+        columns += jnp.arange(num_columns, dtype=jnp.int32)
+        own = places < stop
+        exists = None if width % num_columns == 0 else columns < width
 
         def store(value):
             plt.store(
-                out_ref.at[rows[:, None], columns[None]],
+                out_ref.at[places[:, None], columns[None]],
                 value.astype(out_ref.dtype),
                 mask=block_mask(value.shape, own, exists),
             )
 
         @pl.when((group >= 0) & (group < num_groups))
         def _():
-            store(_product(problem, tiling, x_ref, w_ref, group, rows, columns, own, exists))
+            sources = places
+            if rows_refs:
+                sources = plt.load(rows_refs[0].at[places], mask=own, other=0)
+            products = _products(
+                problem, tiling, x_ref, w_ref, group, (sources, own), (columns, exists)
+            )
+            if combine is None:
+                store(products[0])
+            else:
+                store(combine(*(half.astype(x_ref.dtype) for half in products)))
 
         @pl.when(group == num_groups)
         def _():
-            store(jnp.zeros((tiling.rows, tiling.columns), jnp.float32))
+            store(jnp.zeros((tiling.rows, num_columns), jnp.float32))
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((problem.num_rows, outer), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((problem.num_rows, width), x.dtype),
         grid=(tiles.shape[0] * blocks,),
         compiler_params=plt.CompilerParams(
             num_warps=tiling.num_warps, num_stages=tiling.num_stages
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(tiles, x, w)
+    )(tiles, x, w, *([] if rows is None else [rows]))
+
+
+def _jaxpr_text(combine: Callable, dtype: jnp.dtype) -> str:
+    half = jax.ShapeDtypeStruct((1, 1), dtype)
+    return str(jax.make_jaxpr(combine)(half, half))
 
 
 def row_tiles(
@@ -204,28 +249,32 @@ def row_tiles(
     return jnp.stack([jnp.where(ids < ends[-1], group, -1), start, stop], 1)
 
 
-def _product(problem, tiling, x_ref, w_ref, group, rows, columns, own, exists):
-    """Rows of x times columns of w[group]: f32[rows, columns]."""
-    precision = lax.Precision.HIGHEST if problem.precise else None
+def _products(problem, tiling, x_ref, w_ref, group, rows, columns):
+    """Rows of x times columns of each half of w[group]: a list of f32[rows, columns].
 
-    def step(trip, total, masked=False):
+    rows, columns: their indices, and which of them exist.
+    """
+    precision = lax.Precision.HIGHEST if problem.precise else None
+    (sources, own), (columns, exists) = rows, columns
+
+    def step(trip, totals, masked=False):
         inner = trip * tiling.inner + jnp.arange(tiling.inner, dtype=jnp.int32)
         valid = inner < problem.inner if masked else None
         x = load_block(
-            x_ref.at[rows[:, None], inner[None]], (tiling.rows, tiling.inner), own, valid
+            x_ref.at[sources[:, None], inner[None]], (sources.size, inner.size), own, valid
         )
-        w = load_block(
-            w_ref.at[group, inner[:, None], columns[None]],
-            (tiling.inner, tiling.columns),
-            valid,
-            exists,
-        )
-        return total + lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+        sums = []
+        for half, total in enumerate(totals):
+            place = group, inner[:, None], (half * problem.width + columns)[None]
+            w = load_block(w_ref.at[place], (inner.size, columns.size), valid, exists)
+            product = lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+            sums.append(total + product)
+        return sums
 
     whole = problem.inner // tiling.inner
-    total = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
-    total = lax.fori_loop(0, whole, step, total)
-    return total if problem.inner % tiling.inner == 0 else step(whole, total, masked=True)
+    totals = [jnp.zeros((sources.size, columns.size), jnp.float32)] * problem.num_halves
+    totals = lax.fori_loop(0, whole, step, totals)
+    return totals if problem.inner % tiling.inner == 0 else step(whole, totals, masked=True)
 
 
 def _default(problem: Problem, device_kind: str | None) -> Tiling:
@@ -253,5 +302,7 @@ def _fit(problem: Problem, tiling: Tiling) -> Tiling:
     divisor = problem.inner & -problem.inner
     if _SMALLEST * 2 <= divisor < inner:
         inner = divisor
-    columns = min(tiling.columns, max(_SMALLEST, pl.next_power_of_2(problem.outer)))
+    smallest = _SMALLEST * problem.num_halves
+    columns = min(tiling.columns, max(smallest, pl.next_power_of_2(problem.outer)))
+    columns = max(columns, smallest)
     return Tiling(tiling.rows, columns, inner, tiling.num_warps, tiling.num_stages)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul
-from pallas_kernels.grouped_matmul.arg_specs import ARG_SPECS, GPU_SPECS, ArgSpec
+from pallas_kernels.grouped_matmul.arg_specs import ARG_SPECS, GPU_SPECS, ArgSpec, gated
 
 from ..quick_compile import quick_jit
 from .cuda_lowering import A100, CARD, H100, lowered_for_cuda
@@ -36,8 +36,8 @@ TRITON = partial(grouped_matmul, implementation="triton")
 def relative_error(spec: ArgSpec, seed: int = 0, **options) -> float:
     """Of the kernel against a product per group in float64; checks the rows that are unused."""
     arguments = spec.arguments(seed)
-    out = quick_jit(partial(gpu.grouped_matmul, **options))(*arguments)
-    assert out.shape == (spec.num_rows, spec.outer)
+    out = quick_jit(partial(gpu.grouped_matmul, **spec.options, **options))(*arguments)
+    assert out.shape == (spec.num_rows, spec.outer // 2 if spec.halves else spec.outer)
     assert out.dtype == spec.dtype
     used = sum(spec.group_sizes)
     np.testing.assert_array_equal(np.asarray(out[used:], np.float32), 0.0)
@@ -46,13 +46,17 @@ def relative_error(spec: ArgSpec, seed: int = 0, **options) -> float:
 
 def difference(spec: ArgSpec, arguments, out) -> float:
     """Norm of the error relative to the norm of the result; a group's matrix at a time."""
-    x, w, _ = arguments
+    x, w, _, *rows = arguments
     error, norm, start = 0.0, 0.0, 0
     for group, size in enumerate(spec.group_sizes):
         if size:
-            rows = slice(start, start + size)
-            wanted = np.asarray(x[rows], np.float64) @ np.asarray(w[group], np.float64)
-            error += np.sum((np.asarray(out[rows], np.float64) - wanted) ** 2)
+            places = slice(start, start + size)
+            sources = np.asarray(rows[0])[places] if rows else places
+            wanted = np.asarray(x[sources], np.float64) @ np.asarray(w[group], np.float64)
+            if spec.halves:
+                halves = np.split(wanted.astype(np.float32), 2, axis=1)
+                wanted = np.asarray(gated(*map(jnp.asarray, halves)), np.float64)
+            error += np.sum((np.asarray(out[places], np.float64) - wanted) ** 2)
             norm += np.sum(wanted**2)
             start += size
     return float(np.sqrt(error / max(norm, 1e-30)))
@@ -69,7 +73,7 @@ def shrink(spec: ArgSpec) -> ArgSpec:
 
 
 def lowered(spec: ArgSpec, call=TRITON) -> str:
-    return lowered_for_cuda(call, *spec.shapes())
+    return lowered_for_cuda(partial(call, **spec.options), *spec.shapes())
 
 
 @pytest.mark.parametrize("spec", [shrink(spec) for spec in ARG_SPECS], ids=lambda spec: spec.name)
@@ -142,8 +146,10 @@ def test_arrays_without_elements_or_with_too_many_are_refused(sizes: tuple[int, 
         jax.eval_shape(gpu.grouped_matmul, *spec.shapes())
 
 
-def test_it_runs_only_where_it_is_asked_for() -> None:
-    assert "triton" not in lowered(AWKWARD, grouped_matmul)
+def test_gpus_get_it() -> None:
+    text = lowered(AWKWARD, grouped_matmul)
+    assert "__gpu$xla.gpu.triton" in text
+    assert "ragged_dot" not in text
 
 
 def test_local_shapes_inside_shard_map() -> None:
@@ -170,7 +176,8 @@ def test_local_shapes_inside_shard_map() -> None:
 
 @pytest.mark.parametrize("spec", GPU_SPECS, ids=lambda spec: spec.name)
 def test_sizes_suit_the_rows_and_the_card(spec: ArgSpec) -> None:
-    problem = gpu.problem_of(*spec.shapes()[:2])
+    x, w, _, *rows = spec.shapes()
+    problem = gpu.problem_of(x, w, *rows, **spec.options)
     for device_kind in (None, A100, H100):
         tiling = gpu.choose_tiling(problem, device_kind)
         assert tiling.rows == (128 if "prefill" in spec.name else 16)
@@ -206,7 +213,9 @@ def test_large_products_on_the_card_are_those_of_the_ragged_dot(spec: ArgSpec) -
     arguments = spec.device_arguments(seed=7)
     kind = jax.devices()[0].device_kind
     out, wanted = (
-        jax.jit(partial(grouped_matmul, implementation=name, device_kind=kind))(*arguments)
+        jax.jit(partial(grouped_matmul, implementation=name, device_kind=kind, **spec.options))(
+            *arguments
+        )
         for name in ("triton", "ragged_dot")
     )
     error = jnp.linalg.norm(out.astype(jnp.float32) - wanted.astype(jnp.float32))

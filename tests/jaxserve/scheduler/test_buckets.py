@@ -66,7 +66,15 @@ def test_fine_sizes_for_texts_that_are_only_read() -> None:
 def test_there_are_few_buckets_because_each_is_a_compile() -> None:
     assert len(make_buckets(512, 64)) <= 16
     assert len(make_buckets(8192, 256)) <= 20
-    assert len(make_buckets(8192, 256, fine=True)) <= 24
+    assert len(make_buckets(8192, 256, fine=True)) <= 27
+
+
+def test_short_prompts_beside_few_rows_have_small_steps() -> None:
+    buckets = make_buckets(8192, 256, fine=True)
+    for num_tokens in range(1, 257):
+        bucket = choose(buckets, num_tokens, min(num_tokens, 32), decode_only=False)
+        assert bucket.tokens < max(65, 2 * num_tokens)
+    assert choose(buckets, 128, 65, decode_only=False) == Bucket(256, 128)
 
 
 def test_tokens_cost_more_than_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 from model_defs.decoder import canonical_shapes, placements
 from model_defs.hf_config import UnsupportedConfig
-from model_defs.layers.mlp import MLP
+from model_defs.layers.mlp import ACTIVATIONS, MLP
 from model_defs.layers.moe import (
     GroupLimitedTopK,
     MoE,
@@ -21,7 +22,10 @@ from model_defs.layers.moe import (
     SparseMixer,
 )
 from model_defs.sharding import Axis
+from pallas_kernels.grouped_matmul import gpu, grouped_matmul
+from pallas_kernels.grouped_matmul.arg_specs import ArgSpec
 
+from ...pallas_kernels.cuda_lowering import lowered_for_cuda
 from ..harness import context
 from .fill import built
 
@@ -277,3 +281,19 @@ def test_a_device_reads_its_own_experts_only(tp_size: int, ep_size: int) -> None
 def test_expert_biases_are_refused() -> None:
     with pytest.raises(UnsupportedConfig, match="biases"):
         MoE(SoftmaxTopK(4, 2, True), MLP(8, bias=True))
+
+
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
+def test_every_activation_is_part_of_the_product_on_a_gpu(act: str) -> None:
+    combine = MLP(8, act, limit=7.0, shift=1.0).combine
+    spec = ArgSpec("", 40, 3, 32, 64, (9, 0, 20), "bfloat16", halves=True)
+    out, wanted = (
+        jax.jit(partial(call, combine=combine))(*spec.arguments())
+        for call in (partial(gpu.grouped_matmul, interpret=True), grouped_matmul)
+    )
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(wanted, np.float32), rtol=2e-2, atol=1e-2
+    )
+    text = lowered_for_cuda(partial(grouped_matmul, combine=combine), *spec.shapes())
+    assert "__gpu$xla.gpu.triton" in text
+    assert "ragged_dot" not in text
