@@ -46,6 +46,7 @@ def compile_timer(
         counts: calls of the shorter and of the longer program.
     """
     inputs, shared = jax.eval_shape(make)
+    call = jax.jit(call)  # traced and lowered once, however often it is called
 
     def program(used, shared):
         return [call(each, *shared) for each in used]

@@ -1,10 +1,10 @@
 """The grouped matrix product for NVIDIA GPUs: a Pallas kernel that is lowered through Triton.
 
 The rows of every group are cut into tiles of `Tiling.rows`, the columns into blocks of
-`Tiling.columns`; one program makes one block of one tile. Which rows of which group a tile holds is
-worked out on the device from the group sizes. The number of tiles is bounded by the shapes;
-programs without a tile end at once, and matrices of groups without rows are not read. Rows past the
-last group's are tiles, too, whose programs only write zeros.
+`Tiling.columns`; one program makes one block of one tile. It finds its tile in the group sizes by
+itself. The number of tiles is bounded by the shapes; programs without a tile end at once, and
+matrices of groups without rows are not read. Rows past the last group's are tiles, too, whose
+programs only write zeros.
 
 Rows of x are gathered as they are read, and the two halves of the columns combined before they are
 written: neither the gathered rows nor the halves are ever in memory.
@@ -29,6 +29,7 @@ from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 OP = "grouped_matmul"
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
+_SIDE_BY_SIDE = 8  # columns of one half before those of the other: 16 bytes are copied at once
 _PROGRAMS = 256  # to aim at for few rows: about two for each of an H100's 132 multiprocessors
 _TILES_TOGETHER = 8  # row tiles whose programs for the same columns run side by side
 _MOST_NUMBERS = 2**31  # of an array: Triton counts them in 32 bits
@@ -124,16 +125,16 @@ def candidates(problem: Problem) -> list[Tiling]:
             (rows, columns, inner, num_warps, num_stages)
             for rows in ((16,) if average <= 4 else (16, 32))
             for columns, inner, num_warps, num_stages in (
-                *((32, 128, 2, 4), (32, 256, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3)),
-                *((64, 128, 4, 4), (64, 128, 2, 4), (128, 64, 4, 4), (128, 128, 4, 3)),
-                *((128, 64, 8, 5),),
+                *((32, 128, 2, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4)),
+                *((64, 128, 2, 4), (128, 64, 4, 4), (128, 64, 4, 5), (128, 128, 4, 3)),
+                *((128, 64, 8, 5), (128, 128, 8, 3), (256, 64, 8, 4)),
             )
         ]
     else:
         sizes = [
-            *((64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 3), (64, 256, 64, 8, 4)),
-            *((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4)),
-            *((128, 256, 64, 8, 3), (128, 256, 32, 8, 4), (128, 256, 64, 8, 4)),
+            *((64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3)),
+            *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 6)),
+            *((256, 128, 64, 8, 3), (256, 128, 64, 8, 4)),
         ]
     fitted = (_fit(problem, Tiling(*each)) for each in sizes)
     return list(dict.fromkeys(fitted))
@@ -167,44 +168,43 @@ def grouped_matmul(
         raise NotImplementedError(f"the GPU kernel takes no array of {numbers} numbers")
     tiling = tiling or choose_tiling(problem, device_kind)
     together = _TILES_TOGETHER if tiling.rows >= 64 else 1
-    tiles = row_tiles(problem, tiling.rows, group_sizes, multiple_of=together)
+    num_tiles = _round_up(problem.num_tiles(tiling.rows), together)
     num_columns = tiling.columns // problem.num_halves
     blocks = -(-width // num_columns)
     # All programs of `together` tiles for some columns, then for the next: what they read of x
     # and w is small enough for the card's cache.
     span = together * blocks
 
-    def kernel(tiles_ref, x_ref, w_ref, *refs):
+    def kernel(sizes_ref, x_ref, w_ref, *refs):
         *rows_refs, out_ref = refs
         program = pl.program_id(0)
         within = lax.rem(program, span)
         tile = lax.div(program, span) * together + lax.rem(within, together)
-        group, start, stop = (tiles_ref[tile, i] for i in range(3))
+        groups = jnp.arange(pl.next_power_of_2(num_groups + 1), dtype=jnp.int32)
+        sizes = plt.load(sizes_ref.at[groups], mask=groups < num_groups, other=0)
+        group, start, stop = find_tile(problem, tiling.rows, sizes, tile)
         places = start + jnp.arange(tiling.rows, dtype=jnp.int32)
-        columns = lax.div(within, together) * num_columns
-        columns += jnp.arange(num_columns, dtype=jnp.int32)
+        first = lax.div(within, together) * num_columns
+        columns = first + jnp.arange(num_columns, dtype=jnp.int32)
         own = places < stop
-        exists = None if width % num_columns == 0 else columns < width
 
         def store(value):
+            exists = None if width % num_columns == 0 else columns < width
             plt.store(
                 out_ref.at[places[:, None], columns[None]],
                 value.astype(out_ref.dtype),
                 mask=block_mask(value.shape, own, exists),
             )
 
-        @pl.when((group >= 0) & (group < num_groups))
+        @pl.when(group < num_groups)
         def _():
             sources = places
             if rows_refs:
                 sources = plt.load(rows_refs[0].at[places], mask=own, other=0)
-            products = _products(
-                problem, tiling, x_ref, w_ref, group, (sources, own), (columns, exists)
-            )
-            if combine is None:
-                store(products[0])
-            else:
-                store(combine(*(half.astype(x_ref.dtype) for half in products)))
+            product = _product(problem, tiling, x_ref, w_ref, group, sources, own, first)
+            if combine is not None:
+                product = combine(*(half.astype(x_ref.dtype) for half in _halves(product)))
+            store(product)
 
         @pl.when(group == num_groups)
         def _():
@@ -213,13 +213,13 @@ def grouped_matmul(
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((problem.num_rows, width), x.dtype),
-        grid=(tiles.shape[0] * blocks,),
+        grid=(num_tiles * blocks,),
         compiler_params=plt.CompilerParams(
             num_warps=tiling.num_warps, num_stages=tiling.num_stages
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(tiles, x, w, *([] if rows is None else [rows]))
+    )(group_sizes, x, w, *([] if rows is None else [rows]))
 
 
 def _jaxpr_text(combine: Callable, dtype: jnp.dtype) -> str:
@@ -227,54 +227,78 @@ def _jaxpr_text(combine: Callable, dtype: jnp.dtype) -> str:
     return str(jax.make_jaxpr(combine)(half, half))
 
 
-def row_tiles(
-    problem: Problem, rows: int, group_sizes: jax.Array, multiple_of: int = 1
-) -> jax.Array:
-    """Cut the rows of every group, and those past the last one, into tiles of `rows`.
+def find_tile(
+    problem: Problem, rows: int, sizes: jax.Array, tile: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Find a tile: its group, first row and the end of its rows, each i32[].
 
-    Returns i32[tiles, 3], their number a multiple of `multiple_of`: (group, first row, end of the
-    rows). The group is num_groups for rows that no group owns, and -1 where there is no tile.
+    The rows of every group, and behind them those of no group, are cut into tiles of `rows`.
+
+    sizes: i32[P], of the groups, then zeros, at least one.
+    The group is num_groups for rows that no group owns, and larger for tiles past the last.
     """
-    used = group_sizes.sum(dtype=jnp.int32)
-    sizes = jnp.append(group_sizes, problem.num_rows - used)
-    stops = jnp.cumsum(sizes, dtype=jnp.int32)
-    counts = -(-sizes // rows)
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    num_tiles = -(-problem.num_tiles(rows) // multiple_of) * multiple_of
-    ids = jnp.arange(num_tiles, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
-    group = jnp.minimum(group, problem.num_groups)
-    start = (stops - sizes)[group] + (ids - ends[group] + counts[group]) * rows
-    stop = jnp.minimum(start + rows, stops[group])
-    return jnp.stack([jnp.where(ids < ends[-1], group, -1), start, stop], 1)
+    groups = jnp.arange(sizes.size, dtype=jnp.int32)
+    rest = problem.num_rows - sizes.sum(dtype=jnp.int32)
+    sizes = jnp.where(groups == problem.num_groups, rest, sizes)
+    counts = lax.div(sizes + (rows - 1), rows)
+    group = (jnp.cumsum(counts, dtype=jnp.int32) <= tile).sum(dtype=jnp.int32)
+    before = groups < group
+    start = jnp.where(before, sizes, 0).sum(dtype=jnp.int32)
+    stop = start + jnp.where(groups == group, sizes, 0).sum(dtype=jnp.int32)
+    start += (tile - jnp.where(before, counts, 0).sum(dtype=jnp.int32)) * rows
+    return group, start, jnp.minimum(start + rows, stop)
 
 
-def _products(problem, tiling, x_ref, w_ref, group, rows, columns):
-    """Rows of x times columns of each half of w[group]: a list of f32[rows, columns].
+def _product(problem, tiling, x_ref, w_ref, group, sources, own, first_column):
+    """Rows of x times columns of w[group]: f32[rows, columns].
 
-    rows, columns: their indices, and which of them exist.
+    sources, own: rows of x, and which of them exist. first_column: of the result. Where halves are
+    combined, columns of both come in turns, `_SIDE_BY_SIDE` of each: so one product makes both.
     """
     precision = lax.Precision.HIGHEST if problem.precise else None
-    (sources, own), (columns, exists) = rows, columns
+    columns = jnp.arange(tiling.columns, dtype=jnp.int32)
+    half = 0
+    if problem.halves:
+        turn = lax.div(columns, _SIDE_BY_SIDE)
+        half = lax.rem(turn, 2)
+        columns = lax.div(turn, 2) * _SIDE_BY_SIDE + lax.rem(columns, _SIDE_BY_SIDE)
+    columns += first_column
+    ragged = problem.width % (tiling.columns // problem.num_halves) != 0
+    exists = columns < problem.width if ragged else None
+    columns += half * problem.width
 
-    def step(trip, totals, masked=False):
+    def step(trip, total, masked=False):
         inner = trip * tiling.inner + jnp.arange(tiling.inner, dtype=jnp.int32)
         valid = inner < problem.inner if masked else None
         x = load_block(
-            x_ref.at[sources[:, None], inner[None]], (sources.size, inner.size), own, valid
+            x_ref.at[sources[:, None], inner[None]], (tiling.rows, tiling.inner), own, valid
         )
-        sums = []
-        for half, total in enumerate(totals):
-            place = group, inner[:, None], (half * problem.width + columns)[None]
-            w = load_block(w_ref.at[place], (inner.size, columns.size), valid, exists)
-            product = lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
-            sums.append(total + product)
-        return sums
+        w = load_block(
+            w_ref.at[group, inner[:, None], columns[None]],
+            (tiling.inner, tiling.columns),
+            valid,
+            exists,
+        )
+        return total + lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
 
     whole = problem.inner // tiling.inner
-    totals = [jnp.zeros((sources.size, columns.size), jnp.float32)] * problem.num_halves
-    totals = lax.fori_loop(0, whole, step, totals)
-    return totals if problem.inner % tiling.inner == 0 else step(whole, totals, masked=True)
+    total = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
+    total = lax.fori_loop(0, whole, step, total)
+    return total if problem.inner % tiling.inner == 0 else step(whole, total, masked=True)
+
+
+def _halves(product: jax.Array) -> list[jax.Array]:
+    """What comes in turns in [rows, columns]: two of [rows, columns / 2]."""
+    rows, columns = product.shape
+    turns = product.reshape(rows, columns // (2 * _SIDE_BY_SIDE), 2, _SIDE_BY_SIDE)
+    side = lax.broadcasted_iota(jnp.int32, turns.shape, 2)
+    return [
+        jnp.where(side == half, turns, 0.0).sum(2).reshape(rows, columns // 2) for half in (0, 1)
+    ]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _default(problem: Problem, device_kind: str | None) -> Tiling:

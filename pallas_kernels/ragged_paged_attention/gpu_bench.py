@@ -109,7 +109,7 @@ def case_timer(
 
     options: of `gpu.attend`.
     """
-    counts = (8, 40) if case.kv_bytes < CACHE_BYTES else (4, 16)
+    counts = (8, 72) if case.kv_bytes < CACHE_BYTES else (4, 20)
     copies = min(counts[1], max(1, math.ceil(CACHE_BYTES / case.kv_bytes)))
     given = {"decode" if case.is_decode else "prefill": sizes}
 

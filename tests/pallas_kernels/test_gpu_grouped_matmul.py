@@ -107,21 +107,22 @@ def test_matrices_of_empty_groups_are_not_touched() -> None:
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=9),
     spare=st.integers(0, 40),
     rows=st.sampled_from([16, 32, 64]),
-    multiple_of=st.sampled_from([1, 8]),
 )
-def test_tiles_hold_every_row_once(sizes, spare, rows, multiple_of) -> None:
-    num_rows = max(1, sum(sizes) + spare)
-    problem = gpu.Problem(num_rows, len(sizes), 16, 16, "float32")
-    tiles = np.asarray(gpu.row_tiles(problem, rows, jnp.asarray(sizes, jnp.int32), multiple_of))
-    assert len(tiles) % multiple_of == 0
-    assert len(tiles) < problem.num_tiles(rows) + multiple_of
-    groups = np.repeat(np.arange(len(sizes) + 1), [*sizes, num_rows - sum(sizes)])
+def test_tiles_hold_every_row_once(sizes, spare, rows) -> None:
+    num_groups, num_rows = len(sizes), max(1, sum(sizes) + spare)
+    problem = gpu.Problem(num_rows, num_groups, 16, 16, "float32")
+    padded = jnp.pad(jnp.asarray(sizes, jnp.int32), (0, 16 - num_groups))
+    tiles = jnp.arange(problem.num_tiles(rows) + 2, dtype=jnp.int32)
+    found = jax.vmap(lambda tile: jnp.stack(gpu.find_tile(problem, rows, padded, tile)))(tiles)
+    groups = np.repeat(np.arange(num_groups + 1), [*sizes, num_rows - sum(sizes)])
     seen = []
-    for group, start, stop in tiles[tiles[:, 0] >= 0]:
-        assert 0 < stop - start <= rows
-        assert (groups[start:stop] == group).all()
-        seen += range(start, stop)
+    for group, start, stop in np.asarray(found):
+        if group <= num_groups:
+            assert 0 < stop - start <= rows
+            assert (groups[start:stop] == group).all()
+            seen += range(start, stop)
     assert seen == list(range(num_rows))
+    assert (found[-2:, 0] > num_groups).all(), "there are never more tiles"
 
 
 @pytest.mark.parametrize("experts", [(64, 2048, 2048), (64, 1024, 2048), (8, 4096, 28672)])
