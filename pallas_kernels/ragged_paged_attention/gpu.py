@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.ragged_paged_attention import hopper
+from pallas_kernels.ragged_paged_attention import hopper, hopper_decode
 from pallas_kernels.ragged_paged_attention.block_sparse import BlockSparse
 from pallas_kernels.ragged_paged_attention.layout import (
     TOKEN_MINOR_RANK,
@@ -41,6 +41,7 @@ from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 DECODE, PREFILL = "ragged_paged_attention.decode", "ragged_paged_attention.prefill"
 HOPPER_PREFILL = "ragged_paged_attention.hopper_prefill"
+HOPPER_DECODE = "ragged_paged_attention.hopper_decode"
 LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
 _ITEMS = 16  # of one row that a trip of the merge takes
@@ -167,6 +168,18 @@ def hopper_config(problem: Problem, device_kind: str | None) -> hopper.PrefillCo
     return hopper.default_config(problem.head_dim, problem.group)
 
 
+def hopper_decode_config(
+    problem: Problem, device_kind: str | None
+) -> hopper_decode.DecodeConfig | None:
+    """Sizes of the decode kernel for Hopper GPUs; None where the device is none, or unknown."""
+    if not is_hopper(device_kind) or problem.interpret:
+        return None
+    measured = tuned(device_kind, HOPPER_DECODE, tuning_key(problem))
+    if measured is not None:
+        return hopper_decode.DecodeConfig(**measured)
+    return hopper_decode.default_config(problem.head_dim, problem.group)
+
+
 def tuning_key(problem: Problem) -> str:
     """What the best sizes depend on; pages of 16 tokens and more behave alike."""
     return shape_key(
@@ -196,7 +209,7 @@ def ragged_paged_attention(
     v_head_dim: int,
     decode_only: bool = False,
     device_kind: str | None = None,
-    decode: Tiling | None = None,
+    decode: Tiling | hopper_decode.DecodeConfig | None = None,
     prefill: Tiling | hopper.PrefillConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -244,17 +257,19 @@ def attend(
     v_head_dim: int,
     decode_only: bool = False,
     device_kind: str | None = None,
-    decode: Tiling | None = None,
+    decode: Tiling | hopper_decode.DecodeConfig | None = None,
     prefill: Tiling | hopper.PrefillConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention over pages that hold the step's keys and values already: [T, N, Hv].
 
     Arguments as of `api.ragged_paged_attention`.
-    decode, prefill: sizes, chosen here where they are None. Those for rows of several tokens choose
-      the kernel, too: the one in `hopper` wherever the device is such a GPU and it takes the call.
+    decode, prefill: sizes, chosen here where they are None; their type is that of the kernel. For
+      rows of several tokens the one in `hopper` is chosen wherever the device is such a GPU and it
+      takes the call.
 
-    Raises NotImplementedError where a `PrefillConfig` is given for what `hopper` does not do.
+    Raises NotImplementedError where a `PrefillConfig` or a `DecodeConfig` is given for what its
+    kernel does not do.
     """
     _, num_heads, head_dim = q.shape
     problem = Problem(
@@ -279,7 +294,10 @@ def attend(
     if not decode_only:
         out = _of_prompts(problem, prefill, device_kind, page_table, q, cache, rows, per_head)
     items, spans = decode_items(problem, decode, *rows)
-    partial_out = _decode(problem, decode, items, page_table, q, cache, per_head)
+    if isinstance(decode, hopper_decode.DecodeConfig):
+        partial_out = _hopper_decode(problem, decode, items, page_table, q, cache)
+    else:
+        partial_out = _decode(problem, decode, items, page_table, q, cache, per_head)
     return _merge(problem, spans, *partial_out, q, out)
 
 
@@ -339,7 +357,7 @@ def write(
 
 def decode_items(
     problem: Problem,
-    tiling: Tiling,
+    tiling: Tiling | hopper_decode.DecodeConfig,
     kv_lens: jax.Array,
     query_starts: jax.Array,
     distribution: jax.Array,
@@ -347,7 +365,8 @@ def decode_items(
     """Cut the keys of the rows with one token into items.
 
     Returns:
-        i32[items, 4], (row, first key, end of the keys, tokens of the row), row -1 if unused;
+        i32[items, 4], (row, first key, end of the keys, tokens of the row); the unused, last, have
+        row -1;
         i32[R, 2], each row's first item and how many it has.
     """
     del query_starts
@@ -448,16 +467,44 @@ def _decode(problem, tiling, items, page_table, q, cache, per_head):
     )(items, page_table, q, cache, *per_head)
 
 
+def _hopper_decode(problem, config, items, page_table, q, cache):
+    """What `_decode` computes, by the kernel for Hopper GPUs; maxima and sums lie behind outputs.
+
+    Returns None, None and f32[items, N, Hv + hopper_decode.STATISTICS].
+    """
+    if problem.shared_kv or problem.alibi or problem.sparse:
+        raise NotImplementedError("the Hopper kernel has no shared values, ALiBi or sparse mask")
+    outs = hopper_decode.decode(
+        q,
+        cache,
+        items,
+        page_table,
+        scale=problem.scale,
+        window=problem.window,
+        softcap=problem.softcap,
+        config=config,
+    )
+    return None, None, outs
+
+
 def _merge(problem, spans, best, total, outs, q, out):
     """Combine the items of each row with one token; the others' tokens in `out` stay.
 
-    Without `out`, tokens of other rows are zero.
+    best, total: None where they lie behind `outs`. Without `out`, tokens of other rows are zero.
     """
     num_tokens, num_rows = q.shape[0], min(q.shape[0], spans.shape[0])
-    num_items = best.shape[0]
+    num_items = outs.shape[0]
     keep = out is not None
+    operands = [outs] if best is None else [outs, best, total]
 
-    def kernel(spans_ref, max_ref, sum_ref, outs_ref, *refs):
+    def statistics(refs, items, head):
+        """Views of the maxima and sums of a head's items."""
+        if best is not None:
+            return [ref.at[items, head] for ref in refs[1:]]
+        first, size = problem.v_head_dim, hopper_decode.STATISTICS
+        return [refs[0].at[items, head, column] for column in (first, first + size // 2)]
+
+    def kernel(spans_ref, *refs):
         out_ref = refs[-1]
         head, row = pl.program_id(0), pl.program_id(1)
         first, count = spans_ref[row, 0], spans_ref[row, 1]
@@ -467,14 +514,15 @@ def _merge(problem, spans, best, total, outs, q, out):
             within = index * _ITEMS + jnp.arange(_ITEMS, dtype=jnp.int32)
             exists = within < count
             items = jnp.minimum(first + within, num_items - 1)
-            peaks = plt.load(max_ref.at[items, head], mask=exists, other=_MASKED)
-            parts = plt.load(sum_ref.at[items, head], mask=exists, other=0.0)
+            maxima, sums = statistics(refs[: len(operands)], items, head)
+            peaks = plt.load(maxima, mask=exists, other=_MASKED)
+            parts = plt.load(sums, mask=exists, other=0.0)
             new_best = jnp.maximum(old_best, peaks.max())
             fade, grow = jnp.exp2(old_best - new_best), jnp.exp2(peaks - new_best)
             grow = jnp.where(exists, grow, 0.0)
             heads = jnp.full(_ITEMS, head)
             values = [
-                _load(outs_ref, (items, heads), piece, 0, exists) for piece in problem.v_pieces
+                _load(refs[0], (items, heads), piece, 0, exists) for piece in problem.v_pieces
             ]
             merged = [
                 x * fade + (y * grow[:, None]).sum(0) for x, y in zip(old, values, strict=True)
@@ -497,10 +545,10 @@ def _merge(problem, spans, best, total, outs, q, out):
         out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
         grid=(problem.num_heads, num_rows),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        input_output_aliases={4: 0} if keep else {},
+        input_output_aliases={1 + len(operands): 0} if keep else {},
         interpret=problem.interpret,
         name="ragged_paged_attention_merge",
-    )(spans, best, total, outs, *([out] if keep else []))
+    )(spans, *operands, *([out] if keep else []))
     return jnp.pad(merged, ((0, num_tokens - shape[0]), (0, 0), (0, 0)))
 
 

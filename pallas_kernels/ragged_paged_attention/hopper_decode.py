@@ -1,0 +1,384 @@
+"""Ragged paged attention on Hopper GPUs (compute capability 9.0): rows of one new token.
+
+What `gpu.decode_items` cut is attended to item by item and kv head by kv head. One warpgroup does
+all of it: the tensor memory accelerator fills a ring of blocks, keys and values of a page side by
+side by one copy, and a block's place is filled anew as soon as it has been used. Reading the cache
+is what takes the time, so several programs share a multiprocessor: while one computes, others wait
+for memory. All query heads of a kv head are multiplied at once, the rest of the 64 rows that the
+matrix instruction takes is not looked at.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_LOG2_E = math.log2(math.e)
+_LOWEST = -1e30  # A running maximum before the first key; finite, so that no inf - inf arises.
+_ROWS = 64  # The height of Hopper's matrix instruction.
+_ALIGNMENT = 8  # Rows: the height of a swizzle atom in shared memory.
+_SWIZZLE_BYTES = 128
+_SHARED_MEMORY_BYTES = 227 * 1024
+_SUMS = 8  # Columns a row's sum is kept in: four threads hold two each.
+STATISTICS = 8  # Columns behind a head's outputs: the first half its maximum, the others its sum.
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What may be tuned without changing the result.
+
+    keys: per step, a multiple of 64. stages: blocks of keys and values in flight.
+    programs: how many items times kv heads to aim at.
+    num_programs: thread blocks, each taking items in turn; None starts one for each.
+    """
+
+    keys: int = 64
+    stages: int = 3
+    programs: int = 528
+    num_programs: int | None = 264
+
+    @property
+    def rows(self) -> int:
+        """Query heads of one kv head, at most."""
+        return _ROWS
+
+    def shared_memory_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Of one thread block, barriers aside; outputs take the place of what they come from."""
+        inputs = (_ROWS + 2 * self.stages * self.keys) * head_dim * itemsize
+        return max(inputs, _ROWS * (head_dim + STATISTICS) * 4)
+
+
+def default_config(head_dim: int, group: int) -> DecodeConfig:
+    """Parameters for a head dim and a number of query heads per kv head."""
+    del group  # Up to 64 take the same time.
+    if head_dim <= 64:
+        return DecodeConfig(stages=4, num_programs=396)
+    if head_dim <= 128:
+        return DecodeConfig()
+    return DecodeConfig(stages=3 if head_dim <= 192 else 2, num_programs=132)
+
+
+def decode(
+    q: jax.Array,
+    cache: jax.Array,
+    items: jax.Array,
+    page_table: jax.Array,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    config: DecodeConfig | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Attention of single tokens, row r's being q[r], over each item's keys.
+
+    q: [T, N, H]; cache: [num_pages, K, page_size, 2H], see `layout`; items: i32[items, 4] as of
+    `gpu.decode_items` for this config, unused ones last. `interpret` is passed to the kernel, for
+    tests.
+
+    Returns f32[items, N, H + STATISTICS]: outputs before the division by the sum, maxima (base 2)
+    and sums; unused items hold anything.
+
+    Raises NotImplementedError for what it does not do.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_pages, num_kv_heads, page_size, _ = cache.shape
+    if config is None:
+        config = default_config(head_dim, num_heads // num_kv_heads)
+    _check(q, cache, scale, config)
+
+    width = head_dim + STATISTICS
+    most = items.shape[0] * num_kv_heads
+    num_programs = min(config.num_programs or most, most)
+    copies = config.keys // min(page_size, config.keys)
+    kernel = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            config=config,
+            num_programs=num_programs,
+            num_kv_heads=num_kv_heads,
+            group=num_heads // num_kv_heads,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            interpret=interpret is not None,
+        ),
+        out_type=jax.ShapeDtypeStruct((items.shape[0] * num_heads, width), jnp.float32),
+        scratch_types={
+            "query_ready": plgpu.Barrier(num_arrivals=1),
+            "pages_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
+        },
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,  # Each row is reduced within a warp.
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        grid=(num_programs,),
+        grid_names=("program",),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    out = kernel(
+        q.reshape(num_tokens * num_heads, head_dim),
+        cache.reshape(num_pages * num_kv_heads, page_size, 2 * head_dim),
+        # Computed, as is `items`: the kernel needs its inputs at multiples of 256 bytes, and XLA
+        # gives it a slice of a larger array, as the metadata may be, where it lies.
+        jnp.maximum(page_table, 0) * num_kv_heads,
+        items,
+    )
+    return out.reshape(items.shape[0], num_heads, width)
+
+
+def _check(q: jax.Array, cache: jax.Array, scale: float, config: DecodeConfig) -> None:
+    """Refuse what the kernel does not do."""
+    num_tokens, num_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, width = cache.shape
+    group = num_heads // num_kv_heads
+    used = config.shared_memory_bytes(head_dim, 2)
+    unit = min(page_size, config.keys)
+    refusals = {
+        f"dtype {q.dtype}, not bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"a cache of {cache.dtype} for queries of {q.dtype}": cache.dtype != q.dtype,
+        f"head_dim {head_dim}, not 64, 128, 192 or 256": head_dim not in (64, 128, 192, 256),
+        f"values of {width - head_dim} numbers, not {head_dim}": width != 2 * head_dim,
+        f"page size {page_size}, not a power of two of at least 16": (
+            page_size < 16 or page_size & (page_size - 1) != 0
+        ),
+        f"{config.keys} keys, no multiple of 64 and of {unit}": (
+            config.keys % 64 != 0 or config.keys % unit != 0 or page_size % unit != 0
+        ),
+        f"{group} query heads per kv head, more than {_ROWS}": group > _ROWS,
+        f"{num_tokens * num_heads} queries, fewer than it copies": (
+            num_tokens * num_heads < _copied(group)
+        ),
+        f"scale {scale}, not positive": scale <= 0,
+        f"{used} bytes of shared memory": used + 1024 > _SHARED_MEMORY_BYTES,
+    }
+    for what, refused in refusals.items():
+        if refused:
+            raise NotImplementedError(f"hopper_decode.decode does not do {what}")
+
+
+def _copied(group: int) -> int:
+    """Queries that are copied to have `group` of them; a swizzle atom is not copied in part."""
+    return -(-group // _ALIGNMENT) * _ALIGNMENT
+
+
+def _kernel(
+    q_ref,
+    cache_ref,
+    first_heads_ref,
+    items_ref,
+    out_ref,
+    *,
+    query_ready,
+    pages_ready,
+    config: DecodeConfig,
+    num_programs: int,
+    num_kv_heads: int,
+    group: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    interpret: bool,
+):
+    keys, stages = config.keys, config.stages
+    _, page_size, pair_width = cache_ref.shape
+    head_dim = pair_width // 2
+    num_heads = num_kv_heads * group
+    unit = min(page_size, keys)
+    dtype = q_ref.dtype
+    log2_scale = (scale if softcap is None else softcap) * _LOG2_E
+    swizzled = (
+        plgpu.TilingTransform((_ALIGNMENT, _SWIZZLE_BYTES // dtype.itemsize)),
+        plgpu.SwizzleTransform(_SWIZZLE_BYTES),
+    )
+
+    def layout(x, like):
+        return x if interpret else plgpu.layout_cast(x, like)
+
+    def iota(shape, axis):
+        return layout(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
+
+    def store_plainly(ref, x):
+        """ref[...] = x for a `ref` without swizzle, which JAX 0.12 asks for consent to."""
+        store = getattr(plgpu, "store", None)
+        if interpret or store is None:
+            ref[...] = x
+        else:
+            store(ref, x, optimized=False)
+
+    def product(shape, start, a, b):
+        """start + a @ b, or a @ b for None. The interpreter has no matrix instructions."""
+        if interpret:
+            result = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+            return result if start is None else start + result
+
+        def multiply(accumulator):
+            if start is not None:
+                accumulator[...] = start
+            plgpu.wgmma(accumulator, a, b)
+            return plgpu.wgmma_accumulator_load(accumulator, wait_n=0)
+
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+    def transposed(ref):
+        return ref[...].T if interpret else ref.transpose((1, 0))
+
+    def rescaled(x, factor):
+        return x * lax.broadcast_in_dim(factor, x.shape, [0])
+
+    def attend(query, pages, *, item, row, kv_head):
+        """Outputs f32[64, H], maxima f32[64] and sums f32[64] of an item, garbage from `group` on.
+
+        query: [64, H]; pages: [stages, keys, 2H], keys and values.
+        """
+        start, stop, kv_len = (items_ref[item, field] for field in (1, 2, 3))
+        blocks = lax.div(stop - start + keys - 1, keys)
+        last_column = lax.div(kv_len - 1, page_size)
+
+        def pages_of(number):
+            columns = [
+                jnp.minimum(lax.div(start + number * keys + i, page_size), last_column)
+                for i in range(0, keys, unit)
+            ]
+            return [first_heads_ref[row, column] + kv_head for column in columns]
+
+        def fetch(number, indices):
+            slot = lax.rem(number, stages)
+            offset = 0 if unit == page_size else lax.rem(start + number * keys, page_size)
+            for i, page in enumerate(indices):
+                plgpu.copy_gmem_to_smem(
+                    cache_ref.at[page, pl.ds(offset, unit)],
+                    pages.at[slot, pl.ds(i * unit, unit)],
+                    pages_ready.at[slot],
+                )
+
+        def softmax(s, m, total, base, masked):
+            if softcap is not None:
+                s = jnp.tanh(s * (scale / softcap))
+            if masked:
+                key = iota(s.shape, 1) + base
+                visible = key < stop
+                if window is not None:
+                    visible &= key >= kv_len - window
+                s = jnp.where(visible, s, -jnp.inf)
+            new_m = jnp.maximum(m, s.max(axis=1) * log2_scale)
+            alpha = jnp.exp2(m - new_m)
+            p = jnp.exp2(s * log2_scale - lax.broadcast_in_dim(new_m, s.shape, [0]))
+            # Sums of every eighth column, so that threads add up only what they hold.
+            total = functools.reduce(
+                lambda sums, column: sums + p[:, column : column + _SUMS],
+                range(0, keys, _SUMS),
+                rescaled(total, alpha),
+            )
+            return p.astype(dtype), new_m, total, alpha
+
+        def clean(values, count):
+            """Zero the values from `count` on: what nobody wrote may be NaN, and 0 * NaN is NaN."""
+            for first in range(0, keys, _ROWS):
+
+                @pl.when(count < first + _ROWS)
+                def _(first=first):
+                    rows = values.at[pl.ds(first, _ROWS)]
+                    kept = iota((_ROWS, head_dim), 0) < count - first
+                    rows[...] = jnp.where(kept, rows[...], jnp.zeros((), dtype))
+
+            plgpu.commit_smem()
+
+        def block(number, state, last):
+            o, m, total = state
+            slot = lax.rem(number, stages)
+            base = start + number * keys
+            next_pages = [] if last else pages_of(number + stages)
+            plgpu.barrier_wait(pages_ready.at[slot])
+            values = pages.at[slot, :, pl.ds(head_dim, head_dim)]
+            s = product(
+                (_ROWS, keys), None, query, transposed(pages.at[slot, :, pl.ds(0, head_dim)])
+            )
+            p, m, total, alpha = softmax(s, m, total, base, last or window is not None)
+            if last:
+
+                @pl.when(kv_len < base + keys)
+                def _():
+                    clean(values, kv_len - base)
+
+            o = product((_ROWS, head_dim), rescaled(o, alpha), p, values)
+            if not last:
+                plgpu.commit_smem()  # All warps are done with the slot.
+
+                @pl.when(number + stages < blocks)
+                def _():
+                    fetch(number + stages, next_pages)
+
+            return o, m, total
+
+        first_pages = [pages_of(number) for number in range(stages)]
+        copied = _copied(group)
+        plgpu.copy_gmem_to_smem(
+            q_ref.at[pl.ds(row * num_heads + kv_head * group, copied)],
+            query.at[pl.ds(0, copied)],
+            query_ready,
+        )
+        for number, indices in enumerate(first_pages):
+
+            @pl.when(number < blocks)
+            def _(number=number, indices=indices):
+                fetch(number, indices)
+
+        state = (
+            layout(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
+            layout(jnp.full((_ROWS,), _LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
+            layout(jnp.zeros((_ROWS, _SUMS), jnp.float32), plgpu.Layout.WGMMA),
+        )
+        plgpu.barrier_wait(query_ready)
+        state = lax.fori_loop(0, blocks - 1, functools.partial(block, last=False), state)
+        o, m, total = block(blocks - 1, state, last=True)
+        return o, m, total.sum(axis=1)
+
+    def write(rows, *, o, m, total, first):
+        """Put the live rows to out_ref[first:]; `rows` is in shared memory."""
+        shape = (_ROWS, STATISTICS)
+        statistics = jnp.where(
+            iota(shape, 1) < STATISTICS // 2,
+            lax.broadcast_in_dim(m, shape, [0]),
+            lax.broadcast_in_dim(total, shape, [0]),
+        )
+        plgpu.commit_smem()  # All warps are done with what was here.
+        store_plainly(rows.at[:, pl.ds(0, head_dim)], o)
+        store_plainly(rows.at[:, pl.ds(head_dim, STATISTICS)], statistics)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(rows.at[pl.ds(0, group)], out_ref.at[pl.ds(first, group)])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    num_items = items_ref.shape[0]
+
+    def row_of(unit):
+        item = lax.div(unit, num_kv_heads)
+        row = items_ref[jnp.minimum(item, num_items - 1), 0]
+        return jnp.where(item < num_items, row, -1)
+
+    def step(state):
+        unit, row = state
+        next_row = row_of(unit + num_programs)
+        item, kv_head = lax.div(unit, num_kv_heads), lax.rem(unit, num_kv_heads)
+        o, m, total = pl.run_scoped(
+            functools.partial(attend, item=item, row=row, kv_head=kv_head),
+            plgpu.SMEM((_ROWS, head_dim), dtype, transforms=swizzled),
+            plgpu.SMEM((stages, keys, 2 * head_dim), dtype, transforms=swizzled),
+        )
+        first = item * num_heads + kv_head * group
+        pl.run_scoped(
+            functools.partial(write, o=o, m=m, total=total, first=first),
+            plgpu.SMEM((_ROWS, head_dim + STATISTICS), jnp.float32),
+        )
+        return unit + num_programs, next_row
+
+    program = lax.axis_index("program")
+    lax.while_loop(lambda state: state[1] >= 0, step, (program, row_of(program)))
