@@ -19,7 +19,7 @@ import numpy as np
 
 from pallas_kernels import tuning
 from pallas_kernels.gpu_timing import compile_timer
-from pallas_kernels.ragged_paged_attention import gpu, hopper
+from pallas_kernels.ragged_paged_attention import gpu, hopper, hopper_decode
 from pallas_kernels.ragged_paged_attention.layout import cache_shape
 
 CACHE_BYTES = 2**27  # calls in a row read as much in all: more than the card keeps
@@ -102,7 +102,7 @@ def case_timer(
     case: Case,
     *,
     device_kind: str | None,
-    sizes: gpu.Tiling | hopper.PrefillConfig | None = None,
+    sizes: gpu.Tiling | hopper.PrefillConfig | hopper_decode.DecodeConfig | None = None,
     **options: Any,
 ) -> Callable[[], float]:
     """Compile one attention call, without the write of new tokens; the result times it, in seconds.
@@ -163,6 +163,16 @@ def candidates(
             *((128, 128, 8, 2), (128, 64, 8, 5)),
         )
     ]
+
+
+def hopper_decode_candidates(case: Case) -> tuple[str, list[hopper_decode.DecodeConfig]]:
+    """As `candidates`, of the decode kernel for Hopper GPUs, which has no part in a step yet."""
+    default = hopper_decode.default_config(case.head_dim, case.num_heads // case.num_kv_heads)
+    changes = (
+        *({}, {"programs": 264}, {"programs": 1056}, {"num_programs": None}, {"stages": 2}),
+        *({"stages": 6, "num_programs": 132}, {"keys": 128, "stages": 3, "num_programs": 132}),
+    )
+    return gpu.HOPPER_DECODE, [dataclasses.replace(default, **each) for each in changes]
 
 
 CASES: tuple[Case, ...] = (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention import gpu, hopper_decode
+from pallas_kernels.ragged_paged_attention import gpu, gpu_bench, hopper_decode
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, WIDTHS, ArgSpec
 from pallas_kernels.ragged_paged_attention.hopper_decode import DecodeConfig
 
@@ -208,6 +208,14 @@ def test_what_the_kernel_does_not_do_is_refused(changes, reason):
 def test_configs_that_do_not_fit_are_refused(config, reason):
     with pytest.raises(NotImplementedError, match=reason):
         lowered(LLAMA, decode=config)
+
+
+def test_candidates_fit_the_cases_they_are_timed_on():
+    for case in filter(lambda case: case.is_decode, gpu_bench.CASES):
+        spec = replace(LLAMA, num_heads=case.num_heads, page_size=case.page_size)
+        _, candidates = gpu_bench.hopper_decode_candidates(case)
+        for config in candidates:
+            assert "mosaic_gpu" in lowered(spec, decode=config)
 
 
 def test_operations_it_has_not_are_refused():
