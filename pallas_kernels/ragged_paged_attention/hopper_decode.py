@@ -139,7 +139,7 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: DecodeConfig) -
     """Refuse what the kernel does not do."""
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, width = cache.shape
-    group = num_heads // num_kv_heads
+    group, queries = num_heads // num_kv_heads, num_tokens * num_heads
     used = config.shared_memory_bytes(head_dim, 2)
     unit = min(page_size, config.keys)
     refusals = {
@@ -153,9 +153,9 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: DecodeConfig) -
         f"{config.keys} keys, no multiple of 64 and of {unit}": (
             config.keys % 64 != 0 or config.keys % unit != 0 or page_size % unit != 0
         ),
-        f"{group} query heads per kv head, more than {_ROWS}": group > _ROWS,
-        f"{num_tokens * num_heads} queries, fewer than it copies": (
-            num_tokens * num_heads < _copied(group)
+        f"{group} query heads per kv head": _copied(group) > _ROWS,
+        f"{queries} queries, no multiple of {_ALIGNMENT} or fewer than it copies": (
+            queries % _ALIGNMENT != 0 or queries < _copied(group)
         ),
         f"scale {scale}, not positive": scale <= 0,
         f"{used} bytes of shared memory": used + 1024 > _SHARED_MEMORY_BYTES,
@@ -166,8 +166,9 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: DecodeConfig) -
 
 
 def _copied(group: int) -> int:
-    """Queries that are copied to have `group` of them; a swizzle atom is not copied in part."""
-    return -(-group // _ALIGNMENT) * _ALIGNMENT
+    """Queries that are copied to have `group` of them: whole swizzle atoms, wherever they start."""
+    most_before = _ALIGNMENT - math.gcd(group, _ALIGNMENT)
+    return -(-(most_before + group) // _ALIGNMENT) * _ALIGNMENT
 
 
 def _kernel(
@@ -234,12 +235,22 @@ def _kernel(
     def rescaled(x, factor):
         return x * lax.broadcast_in_dim(factor, x.shape, [0])
 
-    def attend(query, pages, *, item, row, kv_head):
-        """Outputs f32[64, H], maxima f32[64] and sums f32[64] of an item, garbage from `group` on.
+    def first_query(row, kv_head):
+        """Where the queries begin: a place that is copied from, and how many others precede them.
+
+        Mosaic cuts an array into swizzle atoms before it copies, and what of one lies before the
+        place is not filled up from the next.
+        """
+        first = row * num_heads + kv_head * group
+        before = lax.rem(first, _ALIGNMENT)
+        return first - before, before
+
+    def attend(query, pages, *, item, kv_head):
+        """Outputs f32[64, H], maxima f32[64] and sums f32[64] of an item.
 
         query: [64, H]; pages: [stages, keys, 2H], keys and values.
         """
-        start, stop, kv_len = (items_ref[item, field] for field in (1, 2, 3))
+        row, start, stop, kv_len = item
         blocks = lax.div(stop - start + keys - 1, keys)
         last_column = lax.div(kv_len - 1, page_size)
 
@@ -322,7 +333,7 @@ def _kernel(
         first_pages = [pages_of(number) for number in range(stages)]
         copied = _copied(group)
         plgpu.copy_gmem_to_smem(
-            q_ref.at[pl.ds(row * num_heads + kv_head * group, copied)],
+            q_ref.at[pl.ds(first_query(row, kv_head)[0], copied)],
             query.at[pl.ds(0, copied)],
             query_ready,
         )
@@ -342,8 +353,8 @@ def _kernel(
         o, m, total = block(blocks - 1, state, last=True)
         return o, m, total.sum(axis=1)
 
-    def write(rows, *, o, m, total, first):
-        """Put the live rows to out_ref[first:]; `rows` is in shared memory."""
+    def write(rows, *, o, m, total, before, target):
+        """Put the group's rows, which have `before` others before them, to out_ref[target:]."""
         shape = (_ROWS, STATISTICS)
         statistics = jnp.where(
             iota(shape, 1) < STATISTICS // 2,
@@ -354,31 +365,33 @@ def _kernel(
         store_plainly(rows.at[:, pl.ds(0, head_dim)], o)
         store_plainly(rows.at[:, pl.ds(head_dim, STATISTICS)], statistics)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(rows.at[pl.ds(0, group)], out_ref.at[pl.ds(first, group)])
+        plgpu.copy_smem_to_gmem(rows.at[pl.ds(before, group)], out_ref.at[pl.ds(target, group)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     num_items = items_ref.shape[0]
 
-    def row_of(unit):
-        item = lax.div(unit, num_kv_heads)
-        row = items_ref[jnp.minimum(item, num_items - 1), 0]
-        return jnp.where(item < num_items, row, -1)
+    def load_item(unit):
+        """Row, first key, end of the keys, tokens of the row; row -1 past the last."""
+        index = lax.div(unit, num_kv_heads)
+        row, *fields = (items_ref[jnp.minimum(index, num_items - 1), i] for i in range(4))
+        return jnp.where(index < num_items, row, -1), *fields
 
     def step(state):
-        unit, row = state
-        next_row = row_of(unit + num_programs)
-        item, kv_head = lax.div(unit, num_kv_heads), lax.rem(unit, num_kv_heads)
+        unit, item = state
+        next_item = load_item(unit + num_programs)
+        index, kv_head = lax.div(unit, num_kv_heads), lax.rem(unit, num_kv_heads)
         o, m, total = pl.run_scoped(
-            functools.partial(attend, item=item, row=row, kv_head=kv_head),
+            functools.partial(attend, item=item, kv_head=kv_head),
             plgpu.SMEM((_ROWS, head_dim), dtype, transforms=swizzled),
             plgpu.SMEM((stages, keys, 2 * head_dim), dtype, transforms=swizzled),
         )
-        first = item * num_heads + kv_head * group
+        _, before = first_query(item[0], kv_head)
+        target = index * num_heads + kv_head * group
         pl.run_scoped(
-            functools.partial(write, o=o, m=m, total=total, first=first),
+            functools.partial(write, o=o, m=m, total=total, before=before, target=target),
             plgpu.SMEM((_ROWS, head_dim + STATISTICS), jnp.float32),
         )
-        return unit + num_programs, next_row
+        return unit + num_programs, next_item
 
     program = lax.axis_index("program")
-    lax.while_loop(lambda state: state[1] >= 0, step, (program, row_of(program)))
+    lax.while_loop(lambda state: state[1][0] >= 0, step, (program, load_item(program)))
