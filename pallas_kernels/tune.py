@@ -59,6 +59,9 @@ def attention_cases(device_kind: str) -> Iterator[Case]:
         timer = partial(_attention_timer, case, device_kind)
         op, candidates = gpu_bench.candidates(case, device_kind)
         yield Case(case.name, op, case.key(), candidates, timer)
+        if case.is_decode and tuning.is_hopper(device_kind):
+            op, candidates = gpu_bench.hopper_decode_candidates(case)
+            yield Case(case.name, op, case.key(), candidates, timer)
 
 
 def _grouped_matmul_timer(
