@@ -189,7 +189,7 @@ class LayerModule(nnx.Module):
         else:
             fed = _apply(self.pre_ffn_norm, after_mixer)
         residual = fed if spec.residual_after_norm else after_mixer
-        return self._add(residual, self.ffn(fed), self.post_ffn_norm), cache
+        return self._add(residual, self.ffn(fed, batch.live), self.post_ffn_norm), cache
 
     def _add(self, residual: Array, branch: Array, norm) -> Array:
         branch = _apply(norm, branch)

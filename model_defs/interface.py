@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -34,9 +34,14 @@ class ForwardBatch:
 
     tokens: Int[Array, " T"]
     positions: Int[Array, " T"]
-    prompt_lens: Int[Array, " T"]  # prompt length of the token's request (length-dependent ropes)
+    prompt_lens: Int[Array, " T"]  # prompt length of the token's request; 0: the token is padding
     attention: AttentionMetadata
     sample_at: Int[Array, " R"]  # token index, local to the rank, whose logits row r wants
+
+    @property
+    def live(self) -> Bool[Array, " T"]:
+        """Which tokens are not padding."""
+        return self.prompt_lens > 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Mixer(Protocol):
 
 
 class FeedForward(Protocol):
-    """Channel mixing: one token at a time."""
+    """Channel mixing: one token at a time. Nobody reads what tokens that are not `live` become."""
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]: ...
+    def __call__(
+        self, x: Float[Array, "T D"], live: Bool[Array, " T"] | None = None
+    ) -> Float[Array, "T D"]: ...

@@ -112,7 +112,7 @@ def _rank_inputs(layout: StepLayout, vector, state: RowState):
     batch = ForwardBatch(
         tokens=tokens,
         positions=positions,
-        prompt_lens=f["prompt_lens"][row],
+        prompt_lens=jnp.where(live, f["prompt_lens"][row], 0),
         attention=AttentionMetadata(
             f["kv_lens"],
             page_table[f["slots"]],

@@ -10,6 +10,9 @@ _SMALLEST_MIXED = 32  # tokens; a shorter chunk costs a step hardly less
 # padding is free; beyond, time grows with tokens.
 _FREE_PADDING = 64
 _COARSE_FROM = 2048  # steps this large are mostly full ones: prompts wait, and fill them up
+# With one row, XLA for GPUs multiplies elementwise in some products and rounds to the model's dtype
+# before it sums up: slower than two rows, and less exact.
+_FEWEST_ROWS = 2
 _FRACTIONS = ((1.0, 1.25, 1.5), (1.0, 1.5))  # of a power of two, in fine sizes below and from there
 
 
@@ -39,7 +42,8 @@ def make_buckets(
     powers of two up to max_tokens. Every one is a compile, and a row costs a chunk's step little:
     only its last token's logits. With `fine` there are sizes between the powers of two where
     padding costs time: at most a quarter of a step up to 2048 tokens is padding, a third beyond.
-    A short prompt beside few rows has mixed buckets (t, t / 2) with t up to max_rows, then, too.
+    Decoding begins with two rows, then, and a short prompt beside few rows has mixed buckets
+    (t, t / 2) with t up to max_rows.
 
     Raises:
         ValueError: the maxima are not 1 <= max_rows <= max_tokens.
@@ -49,7 +53,7 @@ def make_buckets(
             f"buckets need 1 <= max_rows <= max_tokens, but max_rows={max_rows} and "
             f"max_tokens={max_tokens}: every running row must get a token in every step."
         )
-    rows = _doubling(1, max_rows)
+    rows = _doubling(min(_FEWEST_ROWS, max_rows) if fine else 1, max_rows)
     # What holds no more tokens than there are rows pads to a little more than that.
     least = max_rows if decodes else 0
     if fine:

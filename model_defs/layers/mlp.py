@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from model_defs.hf_config import HFConfig, UnsupportedConfig
 from model_defs.layers.linear import BuildContext, Linear
@@ -78,6 +78,9 @@ class MLPModule(nnx.Module):
             ctx, {"down_proj": (embed,)}, (ffn,), bias=("down_proj",) if spec.bias else ()
         )
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], live: Bool[Array, " T"] | None = None
+    ) -> Float[Array, "T D"]:
+        del live  # Every token costs the same.
         gate, up = self.gate_up(x)
         return self.down(self.spec.combine(gate, up))[0]

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model_defs.hf_config import UnsupportedConfig
 from model_defs.layers.linear import (
@@ -263,10 +263,13 @@ class MoEModule(nnx.Module):
             Linear(ctx, {"shared_gate": (Axis("gate", 1),)}, (embed,)) if spec.shared_gate else None
         )
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], live: Bool[Array, " T"] | None = None
+    ) -> Float[Array, "T D"]:
+        live = jnp.ones(x.shape[0], bool) if live is None else live
         (logits,) = self.router(x, jnp.float32)
         correction = None if self.correction is None else self.correction[...]
-        y = self._routed(x, logits, correction)
+        y = self._routed(x, logits, live, correction)
         if self.shared is None:
             return y
         shared = self.shared(x)
@@ -275,13 +278,17 @@ class MoEModule(nnx.Module):
         return y + shared
 
     def _routed(
-        self, x: Float[Array, "T D"], logits: Float[Array, "T E"], correction: Array | None
+        self,
+        x: Float[Array, "T D"],
+        logits: Float[Array, "T E"],
+        live: Bool[Array, " T"],
+        correction: Array | None,
     ) -> Float[Array, "T D"]:
         rules, spec = self.rules, self.rules.spec
         weights = self.gate_up[...], self.down[...]
         if rules.mesh.size == 1:
             return _experts(
-                self.spec, x, logits, correction, *weights, device_kind=rules.device_kind
+                self.spec, x, logits, live, correction, *weights, device_kind=rules.device_kind
             )
         tokens = spec("tokens", None)
         placed = (param.get_metadata()["placed"].axes for param in (self.gate_up, self.down))
@@ -298,16 +305,17 @@ class MoEModule(nnx.Module):
         return jax.shard_map(
             shard,
             mesh=rules.mesh,
-            in_specs=(tokens, tokens, spec(), *(spec(*axes) for axes in placed)),
+            in_specs=(tokens, tokens, spec("tokens"), spec(), *(spec(*axes) for axes in placed)),
             out_specs=tokens,
             check_vma=False,
-        )(x, logits, correction, *weights)
+        )(x, logits, live, correction, *weights)
 
 
 def _routed_experts(
     spec: MoE,
     x: Float[Array, "T D"],
     logits: Float[Array, "T E"],
+    live: Bool[Array, " T"],
     correction: Float[Array, " E"] | None,
     gate_up: Float[Array, "e D 1 2f"],
     down: Float[Array, "e f 1 D"],
@@ -315,7 +323,7 @@ def _routed_experts(
     over: tuple[str, ...] = (),
     device_kind: str | None = None,
 ) -> Float[Array, "T D"]:
-    """The routed part of the layer on one device.
+    """The routed part of the layer on one device; tokens that are not `live` become anything.
 
     Args:
         gate_up, down: the device's experts, which follow those of the groups before `group`.
@@ -326,7 +334,8 @@ def _routed_experts(
     weights, ids = spec.router.choose(logits, correction)
     count, top_k = gate_up.shape[0], ids.shape[1]
     mine = ids.reshape(-1) - group * count
-    mine = jnp.where((mine >= 0) & (mine < count), mine, count)  # others' rows go to the end
+    # Rows of others' experts go to the end, and those of padding, which visits none.
+    mine = jnp.where((mine >= 0) & (mine < count) & jnp.repeat(live, top_k), mine, count)
     order, places, sizes = group_rows(mine.astype(jnp.int32), count)
 
     combine = spec.expert.combine

@@ -29,7 +29,6 @@ from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 OP = "grouped_matmul"
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
-_SIDE_BY_SIDE = 8  # columns of one half before those of the other: 16 bytes are copied at once
 _PROGRAMS = 256  # to aim at for few rows: about two for each of an H100's 132 multiprocessors
 _TILES_TOGETHER = 8  # row tiles whose programs for the same columns run side by side
 _MOST_NUMBERS = 2**31  # of an array: Triton counts them in 32 bits
@@ -253,19 +252,14 @@ def _product(problem, tiling, x_ref, w_ref, group, sources, own, first_column):
     """Rows of x times columns of w[group]: f32[rows, columns].
 
     sources, own: rows of x, and which of them exist. first_column: of the result. Where halves are
-    combined, columns of both come in turns, `_SIDE_BY_SIDE` of each: so one product makes both.
+    combined, columns of both stand side by side, so that one product makes both.
     """
     precision = lax.Precision.HIGHEST if problem.precise else None
-    columns = jnp.arange(tiling.columns, dtype=jnp.int32)
-    half = 0
-    if problem.halves:
-        turn = lax.div(columns, _SIDE_BY_SIDE)
-        half = lax.rem(turn, 2)
-        columns = lax.div(turn, 2) * _SIDE_BY_SIDE + lax.rem(columns, _SIDE_BY_SIDE)
-    columns += first_column
-    ragged = problem.width % (tiling.columns // problem.num_halves) != 0
-    exists = columns < problem.width if ragged else None
-    columns += half * problem.width
+    num_columns = tiling.columns // problem.num_halves
+    place = jnp.arange(tiling.columns, dtype=jnp.int32)
+    columns = first_column + lax.rem(place, num_columns)
+    exists = None if problem.width % num_columns == 0 else columns < problem.width
+    columns += lax.div(place, num_columns) * problem.width
 
     def step(trip, total, masked=False):
         inner = trip * tiling.inner + jnp.arange(tiling.inner, dtype=jnp.int32)
@@ -288,13 +282,11 @@ def _product(problem, tiling, x_ref, w_ref, group, sources, own, first_column):
 
 
 def _halves(product: jax.Array) -> list[jax.Array]:
-    """What comes in turns in [rows, columns]: two of [rows, columns / 2]."""
+    """The left and the right half of the columns."""
     rows, columns = product.shape
-    turns = product.reshape(rows, columns // (2 * _SIDE_BY_SIDE), 2, _SIDE_BY_SIDE)
-    side = lax.broadcasted_iota(jnp.int32, turns.shape, 2)
-    return [
-        jnp.where(side == half, turns, 0.0).sum(2).reshape(rows, columns // 2) for half in (0, 1)
-    ]
+    both = product.reshape(rows, 2, columns // 2)
+    side = lax.broadcasted_iota(jnp.int32, both.shape, 1)
+    return [jnp.where(side == half, both, 0.0).sum(1) for half in (0, 1)]
 
 
 def _round_up(number: int, multiple: int) -> int:

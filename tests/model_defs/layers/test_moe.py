@@ -12,6 +12,7 @@ import pytest
 
 from model_defs.decoder import canonical_shapes, placements
 from model_defs.hf_config import UnsupportedConfig
+from model_defs.layers import moe as moe_module
 from model_defs.layers.mlp import ACTIVATIONS, MLP
 from model_defs.layers.moe import (
     GroupLimitedTopK,
@@ -22,7 +23,7 @@ from model_defs.layers.moe import (
     SparseMixer,
 )
 from model_defs.sharding import Axis
-from pallas_kernels.grouped_matmul import gpu, grouped_matmul
+from pallas_kernels.grouped_matmul import gpu, group_rows, grouped_matmul
 from pallas_kernels.grouped_matmul.arg_specs import ArgSpec
 
 from ...pallas_kernels.cuda_lowering import lowered_for_cuda
@@ -221,6 +222,37 @@ def test_nothing_is_dropped_when_all_tokens_choose_the_same_experts(
     y = np.asarray(jax.jit(layer)(x))
     np.testing.assert_allclose(y, np.repeat(dense(moe, w, x[:1]), 256, axis=0), atol=2e-5)
     assert np.abs(y).min(axis=0).max() > 0.01
+
+
+@pytest.mark.parametrize(("tp_size", "ep_size"), [(1, 1), (4, 2)])
+def test_padding_visits_no_expert(tp_size: int, ep_size: int) -> None:
+    """Its rows would bring experts from memory that no other token wants."""
+    moe = LAYERS["plain"]
+    layer, w = built(lambda ctx: moe.build(ctx, EMBED), tp_size=tp_size, ep_size=ep_size)
+    x = tokens()
+    live = np.arange(len(x)) % 3 != 0
+    poisoned = np.where(live[:, None], x, np.nan)
+    y = np.asarray(jax.jit(layer)(poisoned, live))
+    np.testing.assert_allclose(y[live], dense(moe, w, x)[live], atol=2e-5, rtol=2e-5)
+
+
+def test_experts_that_only_padding_would_visit_are_not_read() -> None:
+    sizes = []
+
+    def watched(groups, num_groups):
+        order, places, of_groups = group_rows(groups, num_groups)
+        sizes.append(of_groups)
+        return order, places, of_groups
+
+    layer, _ = built(lambda ctx: LAYERS["plain"].build(ctx, EMBED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe_module, "group_rows", watched)
+        moe_module._routed_experts(
+            layer.spec,
+            *(tokens(5), jnp.eye(5, layer.spec.router.experts), jnp.arange(5) < 2, None),
+            *(layer.gate_up[...], layer.down[...]),
+        )
+    assert sizes[0].sum() == 2 * layer.spec.router.top_k
 
 
 def test_every_number_of_tokens_on_one_expert_is_computed() -> None:
