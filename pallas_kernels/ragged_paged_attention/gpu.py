@@ -264,9 +264,8 @@ def attend(
     """Attention over pages that hold the step's keys and values already: [T, N, Hv].
 
     Arguments as of `api.ragged_paged_attention`.
-    decode, prefill: sizes, chosen here where they are None; their type is that of the kernel. For
-      rows of several tokens the one in `hopper` is chosen wherever the device is such a GPU and it
-      takes the call.
+    decode, prefill: sizes, chosen here where they are None; their type is that of the kernel. Those
+      for Hopper GPUs are chosen wherever the device is one and they take the call.
 
     Raises NotImplementedError where a `PrefillConfig` or a `DecodeConfig` is given for what its
     kernel does not do.
@@ -287,17 +286,14 @@ def attend(
         precise=q.dtype == jnp.float32,
         interpret=interpret,
     )
-    decode = decode or decode_tiling(problem, device_kind)
     per_head = [x for x in (alibi_slopes, block_offsets) if x is not None]
     rows = (kv_lens, query_starts, distribution)
     out = None
     if not decode_only:
         out = _of_prompts(problem, prefill, device_kind, page_table, q, cache, rows, per_head)
-    items, spans = decode_items(problem, decode, *rows)
-    if isinstance(decode, hopper_decode.DecodeConfig):
-        partial_out = _hopper_decode(problem, decode, items, page_table, q, cache)
-    else:
-        partial_out = _decode(problem, decode, items, page_table, q, cache, per_head)
+    spans, *partial_out = _of_single_tokens(
+        problem, decode, device_kind, page_table, q, cache, rows, per_head
+    )
     return _merge(problem, spans, *partial_out, q, out)
 
 
@@ -357,12 +353,12 @@ def write(
 
 def decode_items(
     problem: Problem,
-    tiling: Tiling | hopper_decode.DecodeConfig,
+    tiling: Tiling,
     kv_lens: jax.Array,
     query_starts: jax.Array,
     distribution: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cut the keys of the rows with one token into items.
+    """Cut the keys of the rows with one token into items, those of a row of about equal length.
 
     Returns:
         i32[items, 4], (row, first key, end of the keys, tokens of the row); the unused, last, have
@@ -386,8 +382,10 @@ def decode_items(
     row = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
     used = ids < ends[-1]
     row = jnp.minimum(row, num_rows - 1)
-    start = first[row] + (ids - ends[row] + counts[row]) * blocks_per_item * keys
-    stop = jnp.minimum(start + blocks_per_item * keys, lens[row])
+    index = ids - ends[row] + counts[row]
+    each = jnp.maximum(counts[row], 1)
+    start, stop = (first[row] + i * blocks[row] // each * keys for i in (index, index + 1))
+    stop = jnp.minimum(stop, lens[row])
     items = jnp.stack([jnp.where(used, row, -1), start, stop, lens[row]], 1)
     return items, jnp.stack([ends - counts, counts], 1)
 
@@ -467,13 +465,35 @@ def _decode(problem, tiling, items, page_table, q, cache, per_head):
     )(items, page_table, q, cache, *per_head)
 
 
-def _hopper_decode(problem, config, items, page_table, q, cache):
-    """What `_decode` computes, by the kernel for Hopper GPUs; maxima and sums lie behind outputs.
+def _of_single_tokens(problem, sizes, device_kind, page_table, q, cache, rows, per_head):
+    """Attention of the rows of one token, cut into items.
 
-    Returns None, None and f32[items, N, Hv + hopper_decode.STATISTICS].
+    Returns each row's first item and number of them, i32[R, 2]; then what `_merge` takes.
     """
+    if sizes is None:
+        config = hopper_decode_config(problem, device_kind)
+        if config is not None:
+            with contextlib.suppress(NotImplementedError):
+                return _hopper_decode(problem, config, page_table, q, cache, rows)
+        sizes = decode_tiling(problem, device_kind)
+    if isinstance(sizes, hopper_decode.DecodeConfig):
+        return _hopper_decode(problem, sizes, page_table, q, cache, rows)
+    items, spans = decode_items(problem, sizes, *rows)
+    return spans, *_decode(problem, sizes, items, page_table, q, cache, per_head)
+
+
+def _hopper_decode(problem, config, page_table, q, cache, rows):
+    """As `_of_single_tokens`, by the kernel for Hopper GPUs: maxima and sums lie behind outputs."""
     if problem.shared_kv or problem.alibi or problem.sparse:
         raise NotImplementedError("the Hopper kernel has no shared values, ALiBi or sparse mask")
+    kv_lens, _, distribution = rows
+    items = hopper_decode.make_items(
+        kv_lens,
+        distribution,
+        num_kv_heads=problem.num_kv_heads,
+        window=problem.window,
+        config=config,
+    )
     outs = hopper_decode.decode(
         q,
         cache,
@@ -484,7 +504,7 @@ def _hopper_decode(problem, config, items, page_table, q, cache):
         softcap=problem.softcap,
         config=config,
     )
-    return None, None, outs
+    return items.spans, None, None, outs
 
 
 def _merge(problem, spans, best, total, outs, q, out):

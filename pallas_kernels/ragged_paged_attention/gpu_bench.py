@@ -166,11 +166,11 @@ def candidates(
 
 
 def hopper_decode_candidates(case: Case) -> tuple[str, list[hopper_decode.DecodeConfig]]:
-    """As `candidates`, of the decode kernel for Hopper GPUs, which has no part in a step yet."""
+    """As `candidates`, of the decode kernel for Hopper GPUs."""
     default = hopper_decode.default_config(case.head_dim, case.num_heads // case.num_kv_heads)
     changes = (
-        *({}, {"programs": 264}, {"programs": 1056}, {"num_programs": None}, {"stages": 2}),
-        *({"stages": 6, "num_programs": 132}, {"keys": 128, "stages": 3, "num_programs": 132}),
+        *({}, {"stages": 3}, {"programs": 528}, {"programs": 396}, {"programs": 132, "stages": 4}),
+        *({"keys": 128, "stages": 2, "programs": 132}, {"stages": 1, "programs": 660}),
     )
     return gpu.HOPPER_DECODE, [dataclasses.replace(default, **each) for each in changes]
 

@@ -1,17 +1,18 @@
 """Ragged paged attention on Hopper GPUs (compute capability 9.0): rows of one new token.
 
-What `gpu.decode_items` cut is attended to item by item and kv head by kv head. One warpgroup does
-all of it: the tensor memory accelerator fills a ring of blocks, keys and values of a page side by
-side by one copy, and a block's place is filled anew as soon as it has been used. Reading the cache
-is what takes the time, so several programs share a multiprocessor: while one computes, others wait
-for memory. All query heads of a kv head are multiplied at once, the rest of the 64 rows that the
-matrix instruction takes is not looked at.
+The keys of all rows, one row behind the other, are cut into pieces of equal length, one for each
+program, and all programs are at work at once; what of a piece belongs to one row is an item. One
+warpgroup does all of it: the tensor memory accelerator fills a ring of blocks, keys and values of a
+page side by side by one copy, and a block's place is filled anew as soon as it has been used.
+Reading the cache is what takes the time, so several programs share a multiprocessor: while one
+computes, others wait for memory. All query heads of a kv head are multiplied at once; the rest of
+the 64 rows that the matrix instruction takes is not looked at.
 """
 
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +35,12 @@ class DecodeConfig:
     """What may be tuned without changing the result.
 
     keys: per step, a multiple of 64. stages: blocks of keys and values in flight.
-    programs: how many items times kv heads to aim at.
-    num_programs: thread blocks, each taking items in turn; None starts one for each.
+    programs: thread blocks, as many as run at once, for all kv heads together.
     """
 
     keys: int = 64
-    stages: int = 3
-    programs: int = 528
-    num_programs: int | None = 264
-
-    @property
-    def rows(self) -> int:
-        """Query heads of one kv head, at most."""
-        return _ROWS
+    stages: int = 2
+    programs: int = 264
 
     def shared_memory_bytes(self, head_dim: int, itemsize: int) -> int:
         """Of one thread block, barriers aside; outputs take the place of what they come from."""
@@ -58,16 +52,67 @@ def default_config(head_dim: int, group: int) -> DecodeConfig:
     """Parameters for a head dim and a number of query heads per kv head."""
     del group  # Up to 64 take the same time.
     if head_dim <= 64:
-        return DecodeConfig(stages=4, num_programs=396)
+        return DecodeConfig(stages=3, programs=396)
     if head_dim <= 128:
         return DecodeConfig()
-    return DecodeConfig(stages=3 if head_dim <= 192 else 2, num_programs=132)
+    return DecodeConfig(stages=3 if head_dim <= 192 else 2, programs=132)
+
+
+class Items(NamedTuple):
+    """What programs do, the same for every kv head.
+
+    fields: i32[items, 4] of row, first key, end of the keys, tokens of the row.
+    firsts: i32[pieces + 1], the first item of each piece, and where the last piece ends.
+    spans: i32[R, 2], each row's first item and how many it has.
+    """
+
+    fields: jax.Array
+    firsts: jax.Array
+    spans: jax.Array
+
+
+def make_items(
+    kv_lens: jax.Array,
+    distribution: jax.Array,
+    *,
+    num_kv_heads: int,
+    window: int | None,
+    config: DecodeConfig,
+) -> Items:
+    """Cut the keys of the rows [0, distribution[0]), which have one new token each."""
+    keys, num_rows = config.keys, kv_lens.shape[0]
+    pieces = max(1, config.programs // num_kv_heads)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    lens = jnp.where(rows < distribution[0], kv_lens, 0)
+    first_key = jnp.zeros_like(lens)
+    if window is not None:
+        first_key = jnp.maximum(lens - window, 0) // keys * keys
+    blocks = -(-(lens - first_key) // keys)
+    stops = jnp.cumsum(blocks, dtype=jnp.int32)
+    starts = stops - blocks
+    size = jnp.maximum(1, -(-stops[-1] // pieces))  # blocks of a piece
+    first_piece = starts // size
+    counts = jnp.where(blocks > 0, (stops - 1) // size - first_piece + 1, 0)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+
+    ids = jnp.arange(num_rows + pieces, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
+    row = jnp.minimum(row, num_rows - 1)
+    piece = first_piece[row] + ids - (ends - counts)[row]
+    start = jnp.maximum(starts[row], piece * size)
+    stop = jnp.minimum(stops[row], (piece + 1) * size)
+    start, stop = (first_key[row] + (block - starts[row]) * keys for block in (start, stop))
+    fields = jnp.stack([row, start, jnp.minimum(stop, lens[row]), lens[row]], 1)
+    piece = jnp.where(ids < ends[-1], piece, pieces)
+    number = jnp.arange(pieces + 1, dtype=jnp.int32)
+    firsts = (piece[None] < number[:, None]).sum(1, dtype=jnp.int32)
+    return Items(fields, firsts, jnp.stack([ends - counts, counts], 1))
 
 
 def decode(
     q: jax.Array,
     cache: jax.Array,
-    items: jax.Array,
+    items: Items,
     page_table: jax.Array,
     *,
     scale: float,
@@ -78,9 +123,8 @@ def decode(
 ) -> jax.Array:
     """Attention of single tokens, row r's being q[r], over each item's keys.
 
-    q: [T, N, H]; cache: [num_pages, K, page_size, 2H], see `layout`; items: i32[items, 4] as of
-    `gpu.decode_items` for this config, unused ones last. `interpret` is passed to the kernel, for
-    tests.
+    q: [T, N, H]; cache: [num_pages, K, page_size, 2H], see `layout`; items: made for this config.
+    `interpret` is passed to the kernel, for tests.
 
     Returns f32[items, N, H + STATISTICS]: outputs before the division by the sum, maxima (base 2)
     and sums; unused items hold anything.
@@ -93,15 +137,12 @@ def decode(
         config = default_config(head_dim, num_heads // num_kv_heads)
     _check(q, cache, scale, config)
 
-    width = head_dim + STATISTICS
-    most = items.shape[0] * num_kv_heads
-    num_programs = min(config.num_programs or most, most)
+    width, num_items = head_dim + STATISTICS, items.fields.shape[0]
     copies = config.keys // min(page_size, config.keys)
     kernel = plgpu.kernel(
         functools.partial(
             _kernel,
             config=config,
-            num_programs=num_programs,
             num_kv_heads=num_kv_heads,
             group=num_heads // num_kv_heads,
             scale=scale,
@@ -109,7 +150,7 @@ def decode(
             softcap=softcap,
             interpret=interpret is not None,
         ),
-        out_type=jax.ShapeDtypeStruct((items.shape[0] * num_heads, width), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((num_items * num_heads, width), jnp.float32),
         scratch_types={
             "query_ready": plgpu.Barrier(num_arrivals=1),
             "pages_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
@@ -120,19 +161,20 @@ def decode(
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-        grid=(num_programs,),
+        grid=((items.firsts.size - 1) * num_kv_heads,),
         grid_names=("program",),
         **({} if interpret is None else {"interpret": interpret}),
     )
     out = kernel(
         q.reshape(num_tokens * num_heads, head_dim),
         cache.reshape(num_pages * num_kv_heads, page_size, 2 * head_dim),
-        # Computed, as is `items`: the kernel needs its inputs at multiples of 256 bytes, and XLA
+        # Computed, as are the items: the kernel needs its inputs at multiples of 256 bytes, and XLA
         # gives it a slice of a larger array, as the metadata may be, where it lies.
         jnp.maximum(page_table, 0) * num_kv_heads,
-        items,
+        items.fields,
+        items.firsts,
     )
-    return out.reshape(items.shape[0], num_heads, width)
+    return out.reshape(num_items, num_heads, width)
 
 
 def _check(q: jax.Array, cache: jax.Array, scale: float, config: DecodeConfig) -> None:
@@ -176,12 +218,12 @@ def _kernel(
     cache_ref,
     first_heads_ref,
     items_ref,
+    firsts_ref,
     out_ref,
     *,
     query_ready,
     pages_ready,
     config: DecodeConfig,
-    num_programs: int,
     num_kv_heads: int,
     group: int,
     scale: float,
@@ -195,6 +237,8 @@ def _kernel(
     num_heads = num_kv_heads * group
     unit = min(page_size, keys)
     dtype = q_ref.dtype
+    program = lax.axis_index("program")
+    piece, kv_head = lax.div(program, num_kv_heads), lax.rem(program, num_kv_heads)
     log2_scale = (scale if softcap is None else softcap) * _LOG2_E
     swizzled = (
         plgpu.TilingTransform((_ALIGNMENT, _SWIZZLE_BYTES // dtype.itemsize)),
@@ -235,7 +279,7 @@ def _kernel(
     def rescaled(x, factor):
         return x * lax.broadcast_in_dim(factor, x.shape, [0])
 
-    def first_query(row, kv_head):
+    def first_query(row):
         """Where the queries begin: a place that is copied from, and how many others precede them.
 
         Mosaic cuts an array into swizzle atoms before it copies, and what of one lies before the
@@ -245,7 +289,7 @@ def _kernel(
         before = lax.rem(first, _ALIGNMENT)
         return first - before, before
 
-    def attend(query, pages, *, item, kv_head):
+    def attend(query, pages, *, item):
         """Outputs f32[64, H], maxima f32[64] and sums f32[64] of an item.
 
         query: [64, H]; pages: [stages, keys, 2H], keys and values.
@@ -333,7 +377,7 @@ def _kernel(
         first_pages = [pages_of(number) for number in range(stages)]
         copied = _copied(group)
         plgpu.copy_gmem_to_smem(
-            q_ref.at[pl.ds(first_query(row, kv_head)[0], copied)],
+            q_ref.at[pl.ds(first_query(row)[0], copied)],
             query.at[pl.ds(0, copied)],
             query_ready,
         )
@@ -368,30 +412,25 @@ def _kernel(
         plgpu.copy_smem_to_gmem(rows.at[pl.ds(before, group)], out_ref.at[pl.ds(target, group)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    num_items = items_ref.shape[0]
+    last_item = items_ref.shape[0] - 1
 
-    def load_item(unit):
-        """Row, first key, end of the keys, tokens of the row; row -1 past the last."""
-        index = lax.div(unit, num_kv_heads)
-        row, *fields = (items_ref[jnp.minimum(index, num_items - 1), i] for i in range(4))
-        return jnp.where(index < num_items, row, -1), *fields
+    def load_item(index):
+        return tuple(items_ref[jnp.minimum(index, last_item), i] for i in range(4))
 
-    def step(state):
-        unit, item = state
-        next_item = load_item(unit + num_programs)
-        index, kv_head = lax.div(unit, num_kv_heads), lax.rem(unit, num_kv_heads)
+    def step(index, item):
+        next_item = load_item(index + 1)
         o, m, total = pl.run_scoped(
-            functools.partial(attend, item=item, kv_head=kv_head),
+            functools.partial(attend, item=item),
             plgpu.SMEM((_ROWS, head_dim), dtype, transforms=swizzled),
             plgpu.SMEM((stages, keys, 2 * head_dim), dtype, transforms=swizzled),
         )
-        _, before = first_query(item[0], kv_head)
+        _, before = first_query(item[0])
         target = index * num_heads + kv_head * group
         pl.run_scoped(
             functools.partial(write, o=o, m=m, total=total, before=before, target=target),
             plgpu.SMEM((_ROWS, head_dim + STATISTICS), jnp.float32),
         )
-        return unit + num_programs, next_item
+        return next_item
 
-    program = lax.axis_index("program")
-    lax.while_loop(lambda state: state[1][0] >= 0, step, (program, load_item(program)))
+    first = firsts_ref[piece]
+    lax.fori_loop(first, firsts_ref[piece + 1], step, load_item(first))

@@ -3,19 +3,23 @@
 On a machine with one, JAXSERVE_TEST_DEVICE=gpu runs it on the card as well.
 """
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu, gpu_bench, hopper_decode
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, WIDTHS, ArgSpec
 from pallas_kernels.ragged_paged_attention.hopper_decode import DecodeConfig
 
-from .cuda_lowering import H100, lowered_for_cuda
+from .cuda_lowering import A100, H100, lowered_for_cuda
 from .test_gpu_attention import TOLERANCE, relative_error
 
 try:
@@ -60,7 +64,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("spec", TAKEN, ids=lambda spec: spec.name)
 def test_the_kernel_equals_the_reference(spec):
-    config = DecodeConfig(stages=2, programs=16, num_programs=5)
+    config = DecodeConfig(programs=16)
     error = relative_error(spec, seed=5, decode=config, decode_only=True)
     assert error < TOLERANCE[spec.dtype]
 
@@ -69,18 +73,18 @@ def test_the_kernel_equals_the_reference(spec):
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
-        (DecodeConfig(stages=1, programs=1, num_programs=1), {}),
-        (DecodeConfig(stages=3, programs=2, num_programs=3), {"window": 100}),
-        (DecodeConfig(stages=2, programs=1000, num_programs=None), {"window": 65}),
+        (DecodeConfig(stages=1, programs=1), {}),
+        (DecodeConfig(stages=3, programs=6), {"window": 100}),
+        (DecodeConfig(programs=1000), {"window": 65}),
         (DecodeConfig(keys=128, programs=1), {"softcap": 30.0, "page_size": 32}),
-        (DecodeConfig(keys=192, stages=2, programs=8), {"page_size": 64, "dtype": "float16"}),
-        (DecodeConfig(keys=256, stages=1, num_programs=2), {"page_size": 128}),
-        (DecodeConfig(stages=2), {"page_size": 256, "window": 1}),
-        (DecodeConfig(stages=2), {"num_heads": 2}),
-        (DecodeConfig(stages=2), {"num_heads": 10}),
-        (DecodeConfig(stages=2), {"num_heads": 24}),
-        (DecodeConfig(stages=2), {"num_heads": 32}),
-        (DecodeConfig(stages=2), {"num_heads": 64, "num_kv_heads": 1}),
+        (DecodeConfig(keys=192, programs=8), {"page_size": 64, "dtype": "float16"}),
+        (DecodeConfig(keys=256, stages=1, programs=2), {"page_size": 128}),
+        (DecodeConfig(), {"page_size": 256, "window": 1}),
+        (DecodeConfig(), {"num_heads": 2}),
+        (DecodeConfig(), {"num_heads": 10}),
+        (DecodeConfig(), {"num_heads": 24}),
+        (DecodeConfig(), {"num_heads": 32}),
+        (DecodeConfig(), {"num_heads": 64, "num_kv_heads": 1}),
     ],
     ids=str,
 )
@@ -104,7 +108,7 @@ def test_the_kernel_on_the_card_equals_the_reference(spec, full):
         spec = replace(spec, rows=(spec.rows * 8)[:8], tokens=8)
         spec = replace(spec, row_slots=max(8, spec.row_slots))
     default = hopper_decode.default_config(spec.head_dim, spec.num_heads // spec.num_kv_heads)
-    for config in (default, replace(default, stages=1, programs=16, num_programs=3)):
+    for config in (default, replace(default, stages=1, programs=16)):
         error = relative_error(spec, seed=7, interpret=False, decode=config, decode_only=True)
         assert error < TOLERANCE[spec.dtype]
 
@@ -113,7 +117,7 @@ def test_the_kernel_on_the_card_equals_the_reference(spec, full):
 @pytest.mark.parametrize("rows", [((1, 1024),), ((1, 4096),) * 64, ((1, 20_000), (1, 3))])
 def test_long_rows_on_the_card_equal_the_reference(rows):
     spec = replace(LLAMA, rows=rows, tokens=len(rows), row_slots=len(rows))
-    for config in (None, DecodeConfig(keys=128, stages=2), DecodeConfig(num_programs=None)):
+    for config in (None, DecodeConfig(keys=128), DecodeConfig(stages=3, programs=100)):
         config = config or hopper_decode.default_config(spec.head_dim, 4)
         error = relative_error(spec, seed=9, interpret=False, decode=config, decode_only=True)
         assert error < TOLERANCE[spec.dtype]
@@ -177,12 +181,47 @@ def test_every_head_dim_lowers_for_cuda(head_dim, num_heads, num_kv_heads, dtype
     assert "mosaic_gpu" in lowered(spec)
 
 
-def test_the_kernel_is_chosen_by_its_config_only():
-    assert "mosaic_gpu" not in lowered(LLAMA, decode=None, device_kind=H100)
-    problem = gpu.Problem(32, 8, 128, 128, 16, False, 1.0, None, None, None, False, False, False)
-    assert gpu.hopper_decode_config(problem, H100) == DecodeConfig()
-    assert gpu.hopper_decode_config(problem, "NVIDIA A100-SXM4-80GB") is None
-    assert gpu.hopper_decode_config(replace(problem, interpret=True), H100) is None
+def test_the_kernel_is_chosen_on_hopper_gpus_where_it_takes_the_call():
+    assert "mosaic_gpu" in lowered(LLAMA, decode=None, device_kind=H100)
+    assert "mosaic_gpu" not in lowered(LLAMA, decode=None, device_kind=A100)
+    assert "mosaic_gpu" not in lowered(LLAMA, decode=None, device_kind=None)
+    heads_of_80 = replace(LLAMA, head_dim=80, v_head_dim=80)
+    assert "mosaic_gpu" not in lowered(heads_of_80, decode=None, device_kind=H100)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lens=st.lists(st.integers(1, 700), min_size=1, max_size=6),
+    pieces=st.integers(1, 9),
+    window=st.none() | st.integers(1, 300),
+)
+def test_pieces_are_of_equal_length_and_hold_every_key_once(lens, pieces, window):
+    keys, idle = 64, [5, 9]  # rows that have no single token
+    config = DecodeConfig(keys=keys, programs=2 * pieces)
+    items = hopper_decode.make_items(
+        jnp.asarray(lens + idle, jnp.int32),
+        jnp.asarray([len(lens)] * 3, jnp.int32),
+        num_kv_heads=2,
+        window=window,
+        config=config,
+    )
+    fields, firsts, spans = map(np.asarray, items)
+    assert firsts[0] == 0
+    starts = [0 if window is None else max(0, n - window) // keys * keys for n in lens]
+    blocks = [-(-(n - start) // keys) for n, start in zip(lens, starts, strict=True)]
+    for first, last in itertools.pairwise(firsts):
+        lengths = [-(-(stop - start) // keys) for _, start, stop, _ in fields[first:last]]
+        assert all(length > 0 for length in lengths)
+        assert sum(lengths) <= -(-sum(blocks) // pieces)
+    number = 0
+    for row, (length, start) in enumerate(zip(lens, starts, strict=True)):
+        assert spans[row, 0] == number
+        for _ in range(spans[row, 1]):
+            assert fields[number].tolist() == [row, start, fields[number, 2], length]
+            start, number = fields[number, 2], number + 1
+        assert start == length
+    assert (spans[len(lens) :, 1] == 0).all()
+    assert firsts[-1] == number
 
 
 @pytest.mark.parametrize(
