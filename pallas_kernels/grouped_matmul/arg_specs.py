@@ -151,5 +151,7 @@ GPU_SPECS: tuple[ArgSpec, ...] = (
     *_olmoe(1, "decode_1"),
     *_olmoe(8, "decode_8"),
     *_olmoe(64, "decode_64"),
+    *_olmoe(256, "decode_256"),
+    *_olmoe(1024, "prefill_1024"),
     *_olmoe(8192, "prefill_8192"),
 )

@@ -29,7 +29,7 @@ from pallas_kernels.tuning import is_hopper, shape_key, tuned
 
 OP = "grouped_matmul"
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
-_PROGRAMS = 256  # to aim at for few rows: about two for each of an H100's 132 multiprocessors
+_PROGRAMS = 128  # to aim at for few rows: about one for each of an H100's 132 multiprocessors
 _TILES_TOGETHER = 8  # row tiles whose programs for the same columns run side by side
 _MOST_NUMBERS = 2**31  # of an array: Triton counts them in 32 bits
 _ERROR_FUNCTION = re.compile(r"\berfc?\b")  # in a jaxpr; what Pallas does not lower to Triton
@@ -119,21 +119,19 @@ def candidates(problem: Problem) -> list[Tiling]:
     average = problem.num_rows / problem.num_groups
     if problem.precise:
         sizes = [(16, 64, 32, 4, 2), (32, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 16, 8, 2)]
-    elif average <= 16:
+    elif average <= 64:
         sizes = [
             (rows, columns, inner, num_warps, num_stages)
-            for rows in ((16,) if average <= 4 else (16, 32))
+            for rows in ((16,) if average <= 4 else (16, 32) if average <= 16 else (32, 64))
             for columns, inner, num_warps, num_stages in (
-                *((32, 128, 2, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4)),
-                *((64, 128, 2, 4), (128, 64, 4, 4), (128, 64, 4, 5), (128, 128, 4, 3)),
-                *((128, 64, 8, 5), (128, 128, 8, 3), (256, 64, 8, 4)),
+                *((64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 2, 4), (128, 64, 4, 4)),
+                *((128, 64, 4, 5), (128, 128, 4, 3), (128, 64, 8, 5), (256, 64, 8, 4)),
             )
         ]
     else:
         sizes = [
             *((64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3)),
-            *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 6)),
-            *((256, 128, 64, 8, 3), (256, 128, 64, 8, 4)),
+            *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4)),
         ]
     fitted = (_fit(problem, Tiling(*each)) for each in sizes)
     return list(dict.fromkeys(fitted))
@@ -300,16 +298,12 @@ def _default(problem: Problem, device_kind: str | None) -> Tiling:
         return Tiling(min(rows, 64), 64, 32, 4, 2)
     if rows == 128:
         wide = is_hopper(device_kind) and problem.outer >= 1024
-        return Tiling(128, 256 if wide else 128, 64, 8, 3)
+        return Tiling(128, 256, 64, 8, 4) if wide else Tiling(128, 128, 64, 8, 3)
     if rows == 64:
-        return Tiling(64, 128, 64, 4, 3)
+        return Tiling(64, 128, 64, 4, 4)
     tiles = problem.num_tiles(rows)
-    for columns in (128, 64):
-        if tiles * -(-problem.outer // columns) >= _PROGRAMS:
-            break
-    else:
-        columns = 32
-    return Tiling(rows, columns, 64 if columns == 128 else 128, 4, 4)
+    columns = 128 if tiles * -(-problem.outer // 128) >= _PROGRAMS else 64
+    return Tiling(rows, columns, 64, 4, 4)
 
 
 def _fit(problem: Problem, tiling: Tiling) -> Tiling:

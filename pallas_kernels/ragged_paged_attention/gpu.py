@@ -44,6 +44,8 @@ HOPPER_PREFILL = "ragged_paged_attention.hopper_prefill"
 HOPPER_DECODE = "ragged_paged_attention.hopper_decode"
 LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
+_SHORT_ITEM = 1024  # keys; items as short as these are no longer cut to make more than `programs`
+_WAVES = 4  # times `programs`: how many items long contexts are cut into, so that all end together
 _ITEMS = 16  # of one row that a trip of the merge takes
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
 
@@ -53,7 +55,8 @@ class Tiling:
     """How a kernel is cut into programs.
 
     rows: of the query tile, tokens times heads of a group. keys: tokens per trip of the loop.
-    programs: for decode, how many items times kv heads to aim at. num_warps, num_stages: Triton's.
+    programs: for decode, how many items times kv heads keep the card busy; long contexts are cut
+    into up to `_WAVES` times as many. num_warps, num_stages: Triton's.
     """
 
     rows: int
@@ -142,7 +145,7 @@ def decode_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
     width = problem.head_dim + (0 if problem.shared_kv else problem.v_head_dim)
     keys = 128 if width <= 256 else 32
     num_warps = 4 if rows * problem.v_head_dim <= 64 * 128 else 8
-    return Tiling(rows, keys, num_warps, 3, programs=1056)
+    return Tiling(rows, keys, num_warps, 3, programs=528)
 
 
 def prefill_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
@@ -166,18 +169,6 @@ def hopper_config(problem: Problem, device_kind: str | None) -> hopper.PrefillCo
     if measured is not None:
         return hopper.PrefillConfig(**measured)
     return hopper.default_config(problem.head_dim, problem.group)
-
-
-def hopper_decode_config(
-    problem: Problem, device_kind: str | None
-) -> hopper_decode.DecodeConfig | None:
-    """Sizes of the decode kernel for Hopper GPUs; None where the device is none, or unknown."""
-    if not is_hopper(device_kind) or problem.interpret:
-        return None
-    measured = tuned(device_kind, HOPPER_DECODE, tuning_key(problem))
-    if measured is not None:
-        return hopper_decode.DecodeConfig(**measured)
-    return hopper_decode.default_config(problem.head_dim, problem.group)
 
 
 def tuning_key(problem: Problem) -> str:
@@ -264,8 +255,9 @@ def attend(
     """Attention over pages that hold the step's keys and values already: [T, N, Hv].
 
     Arguments as of `api.ragged_paged_attention`.
-    decode, prefill: sizes, chosen here where they are None; their type is that of the kernel. Those
-      for Hopper GPUs are chosen wherever the device is one and they take the call.
+    decode, prefill: sizes, chosen here where they are None; their type is that of the kernel. For
+      rows of several tokens the one in `hopper` is chosen wherever the device is such a GPU and it
+      takes the call; for single tokens Triton's, which is no slower there than `hopper_decode`.
 
     Raises NotImplementedError where a `PrefillConfig` or a `DecodeConfig` is given for what its
     kernel does not do.
@@ -375,10 +367,12 @@ def decode_items(
     if problem.window is not None:
         first = jnp.maximum(lens - problem.window, 0) // keys * keys
     blocks = _ceil_div(lens - first, keys)
-    blocks_per_item = jnp.maximum(1, _ceil_div(blocks.sum(dtype=jnp.int32), target))
+    total = blocks.sum(dtype=jnp.int32)
+    short = jnp.minimum(_ceil_div(total, target), max(1, _SHORT_ITEM // keys))
+    blocks_per_item = jnp.maximum(1, jnp.maximum(short, _ceil_div(total, _WAVES * target)))
     counts = _ceil_div(blocks, blocks_per_item)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
-    ids = jnp.arange(num_rows + target, dtype=jnp.int32)
+    ids = jnp.arange(num_rows + _WAVES * target, dtype=jnp.int32)
     row = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
     used = ids < ends[-1]
     row = jnp.minimum(row, num_rows - 1)
@@ -470,12 +464,7 @@ def _of_single_tokens(problem, sizes, device_kind, page_table, q, cache, rows, p
 
     Returns each row's first item and number of them, i32[R, 2]; then what `_merge` takes.
     """
-    if sizes is None:
-        config = hopper_decode_config(problem, device_kind)
-        if config is not None:
-            with contextlib.suppress(NotImplementedError):
-                return _hopper_decode(problem, config, page_table, q, cache, rows)
-        sizes = decode_tiling(problem, device_kind)
+    sizes = sizes or decode_tiling(problem, device_kind)
     if isinstance(sizes, hopper_decode.DecodeConfig):
         return _hopper_decode(problem, sizes, page_table, q, cache, rows)
     items, spans = decode_items(problem, sizes, *rows)

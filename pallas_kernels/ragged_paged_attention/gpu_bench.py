@@ -152,7 +152,7 @@ def candidates(
     if tuning.is_hopper(device_kind):
         default = hopper.default_config(case.head_dim, group)
         changes = (
-            *({}, {"num_programs": None}, {"take_turns": False}, {"heads_per_tile": 1}),
+            *({}, {"num_programs": None}, {"take_turns": True}, {"heads_per_tile": 1}),
             *({"heads_per_tile": 4}, {"query_stages": 1}, {"block_kv": 64, "stages": 4}),
         )
         return gpu.HOPPER_PREFILL, [dataclasses.replace(default, **each) for each in changes]

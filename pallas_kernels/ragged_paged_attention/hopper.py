@@ -46,7 +46,7 @@ class PrefillConfig:
     block_kv: int = 128
     stages: int = 2
     query_stages: int = 2
-    take_turns: bool = True
+    take_turns: bool = False
     num_programs: int | None = 132
     compute_registers: int = 240
     copy_registers: int = 24
@@ -392,14 +392,20 @@ def _kernel(
                         query_ready.at[query_slot],
                     )
 
-            def block(number, _):
+            def pages_of(number):
+                """Where the pages of a block's keys begin; looked up before they are needed."""
+                base = key + number * block_kv
+                columns = [
+                    jnp.minimum(lax.div(base + i * unit, page_size), last_column)
+                    for i in range(block_kv // unit)
+                ]
+                return tuple(first_heads_ref[row, column] + kv_head for column in columns)
+
+            def block(number, pages):
                 step = done + number
                 slot = lax.rem(step, stages)
+                next_pages = pages_of(number + 1)
                 base = key + number * block_kv
-                pages = []
-                for i in range(block_kv // unit):
-                    column = jnp.minimum(lax.div(base + i * unit, page_size), last_column)
-                    pages.append(first_heads_ref[row, column] + kv_head)
                 offset = 0 if unit == page_size else lax.rem(base, page_size)
                 for smem, ready, free, first in (
                     (keys_smem, keys_ready, keys_free, 0),
@@ -416,8 +422,9 @@ def _kernel(
                             smem.at[slot, pl.ds(i * unit, unit)],
                             ready.at[slot],
                         )
+                return next_pages
 
-            lax.fori_loop(0, blocks, block, None)
+            lax.fori_loop(0, blocks, block, pages_of(0))
 
         def drain(count, slots, *barriers):
             """Wait until the last `slots` of `count` uses are over."""

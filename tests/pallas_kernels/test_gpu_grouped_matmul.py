@@ -181,9 +181,10 @@ def test_sizes_suit_the_rows_and_the_card(spec: ArgSpec) -> None:
     problem = gpu.problem_of(x, w, *rows, **spec.options)
     for device_kind in (None, A100, H100):
         tiling = gpu.choose_tiling(problem, device_kind)
-        assert tiling.rows == (128 if "prefill" in spec.name else 16)
+        average = spec.num_rows / spec.num_groups
+        assert tiling.rows >= min(128, average) / 2, "matrices are not read too often"
         tiles = problem.num_tiles(tiling.rows)
-        assert tiles * (spec.outer // tiling.columns) >= 256, "every multiprocessor has work"
+        assert tiles * (spec.outer // tiling.columns) >= 128, "every multiprocessor has work"
         block = (tiling.rows + tiling.columns) * tiling.inner * 2
         limit = 227 if device_kind == H100 else 99
         assert block * tiling.num_stages <= limit * 1024
