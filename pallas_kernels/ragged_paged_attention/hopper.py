@@ -367,37 +367,27 @@ def _kernel(
             return 0, compute_warpgroup * _ROWS
         return compute_warpgroup * chunks + index, 0
 
-    def copy_pages():
+    def copy_pages(blocks_of, share, with_queries):
+        """Fill rings of blocks, and of tiles of queries where asked for.
+
+        blocks_of: of each ring to fill, its memory, its barriers, and the column to copy from.
+        share: (index, count); of a block's pages every `count`-th is copied, from `index` on.
+        """
+
         def item(index, tile, first_head, done):
             row, token = fields_ref[tile, _ROW], fields_ref[tile, _TOKEN]
             key, blocks = fields_ref[tile, _KEY], fields_ref[tile, _BLOCKS]
             last_column = lax.div(fields_ref[tile, _KV_LEN] - 1, page_size)
             kv_head = lax.div(first_head, group)
-
-            query_slot = lax.rem(index, query_stages)
-
-            @pl.when(index >= query_stages)
-            def _():
-                plgpu.barrier_wait(query_free.at[query_slot])
-
-            for compute_warpgroup in range(_COMPUTE_WARPGROUPS):
-                for i in range(chunks):
-                    head, offset = chunk_origin(compute_warpgroup, i)
-                    plgpu.copy_gmem_to_smem(
-                        q_ref.at[
-                            pl.ds(token + offset, chunk),
-                            pl.ds((first_head + head) * head_dim, head_dim),
-                        ],
-                        query_smem.at[query_slot, compute_warpgroup, pl.ds(i * chunk, chunk)],
-                        query_ready.at[query_slot],
-                    )
+            mine = range(share[0], block_kv // unit, share[1])
+            if with_queries:
+                copy_queries(index, token, first_head)
 
             def pages_of(number):
                 """Where the pages of a block's keys begin; looked up before they are needed."""
                 base = key + number * block_kv
                 columns = [
-                    jnp.minimum(lax.div(base + i * unit, page_size), last_column)
-                    for i in range(block_kv // unit)
+                    jnp.minimum(lax.div(base + i * unit, page_size), last_column) for i in mine
                 ]
                 return tuple(first_heads_ref[row, column] + kv_head for column in columns)
 
@@ -407,16 +397,13 @@ def _kernel(
                 next_pages = pages_of(number + 1)
                 base = key + number * block_kv
                 offset = 0 if unit == page_size else lax.rem(base, page_size)
-                for smem, ready, free, first in (
-                    (keys_smem, keys_ready, keys_free, 0),
-                    (values_smem, values_ready, values_free, head_dim),
-                ):
+                for smem, ready, free, first in blocks_of:
 
                     @pl.when(step >= stages)
                     def _(free=free):
                         plgpu.barrier_wait(free.at[slot])
 
-                    for i, page in enumerate(pages):
+                    for i, page in zip(mine, pages, strict=True):
                         plgpu.copy_gmem_to_smem(
                             cache_ref.at[page, pl.ds(offset, unit), pl.ds(first, head_dim)],
                             smem.at[slot, pl.ds(i * unit, unit)],
@@ -426,18 +413,57 @@ def _kernel(
 
             lax.fori_loop(0, blocks, block, pages_of(0))
 
-        def drain(count, slots, *barriers):
+        def drain(count, slots, barrier):
             """Wait until the last `slots` of `count` uses are over."""
 
             def use(index, _):
-                for barrier in barriers:
-                    plgpu.barrier_wait(barrier.at[lax.rem(index, slots)])
+                plgpu.barrier_wait(barrier.at[lax.rem(index, slots)])
 
             lax.fori_loop(jnp.maximum(count - slots, 0), count, use, None)
 
         num_items, num_blocks = for_each_item(item)
-        drain(num_items, query_stages, query_free)
-        drain(num_blocks, stages, keys_free, values_free)
+        if with_queries:
+            drain(num_items, query_stages, query_free)
+        for _, _, free, _ in blocks_of:
+            drain(num_blocks, stages, free)
+
+    def copy_queries(index, token, first_head):
+        slot = lax.rem(index, query_stages)
+
+        @pl.when(index >= query_stages)
+        def _():
+            plgpu.barrier_wait(query_free.at[slot])
+
+        for compute_warpgroup in range(_COMPUTE_WARPGROUPS):
+            for i in range(chunks):
+                head, offset = chunk_origin(compute_warpgroup, i)
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[
+                        pl.ds(token + offset, chunk),
+                        pl.ds((first_head + head) * head_dim, head_dim),
+                    ],
+                    query_smem.at[slot, compute_warpgroup, pl.ds(i * chunk, chunk)],
+                    query_ready.at[slot],
+                )
+
+    def copy():
+        """Every warp copies on its own: half of a block's keys, or half of its values."""
+        keys = keys_smem, keys_ready, keys_free, 0
+        values = values_smem, values_ready, values_free, head_dim
+        if interpret:  # It has no warps.
+            copy_pages((keys, values), (0, 1), True)
+            return
+        halves = min(2, block_kv // unit)
+
+        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+        def _():
+            warp = lax.axis_index("warp")
+            for number in range(2 * halves):
+                ring, index = divmod(number, halves)
+
+                @pl.when(warp == number)
+                def _(ring=ring, index=index):
+                    copy_pages(((keys, values)[ring],), (index, halves), ring + index == 0)
 
     def compute():
         log2_scale = (scale if softcap is None else softcap) * _LOG2_E
@@ -690,4 +716,4 @@ def _kernel(
     @pl.when(warpgroup == _COMPUTE_WARPGROUPS)
     def _():
         plgpu.set_max_registers(config.copy_registers, action="decrease")
-        copy_pages()
+        copy()
