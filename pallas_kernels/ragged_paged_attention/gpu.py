@@ -44,8 +44,6 @@ HOPPER_PREFILL = "ragged_paged_attention.hopper_prefill"
 HOPPER_DECODE = "ragged_paged_attention.hopper_decode"
 LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
-_SHORT_ITEM = 1024  # keys; items as short as these are no longer cut to make more than `programs`
-_WAVES = 4  # times `programs`: how many items long contexts are cut into, so that all end together
 _ITEMS = 16  # of one row that a trip of the merge takes
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
 
@@ -55,8 +53,7 @@ class Tiling:
     """How a kernel is cut into programs.
 
     rows: of the query tile, tokens times heads of a group. keys: tokens per trip of the loop.
-    programs: for decode, how many items times kv heads keep the card busy; long contexts are cut
-    into up to `_WAVES` times as many. num_warps, num_stages: Triton's.
+    programs: for decode, how many items times kv heads to aim at. num_warps, num_stages: Triton's.
     """
 
     rows: int
@@ -367,12 +364,10 @@ def decode_items(
     if problem.window is not None:
         first = jnp.maximum(lens - problem.window, 0) // keys * keys
     blocks = _ceil_div(lens - first, keys)
-    total = blocks.sum(dtype=jnp.int32)
-    short = jnp.minimum(_ceil_div(total, target), max(1, _SHORT_ITEM // keys))
-    blocks_per_item = jnp.maximum(1, jnp.maximum(short, _ceil_div(total, _WAVES * target)))
+    blocks_per_item = jnp.maximum(1, _ceil_div(blocks.sum(dtype=jnp.int32), target))
     counts = _ceil_div(blocks, blocks_per_item)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
-    ids = jnp.arange(num_rows + _WAVES * target, dtype=jnp.int32)
+    ids = jnp.arange(num_rows + target, dtype=jnp.int32)
     row = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
     used = ids < ends[-1]
     row = jnp.minimum(row, num_rows - 1)

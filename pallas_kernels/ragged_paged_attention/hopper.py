@@ -455,9 +455,8 @@ def _kernel(
             return
         halves = min(2, block_kv // unit)
 
-        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-        def _():
-            warp = lax.axis_index("warp")
+        @plgpu.warp_map
+        def _(warp):
             for number in range(2 * halves):
                 ring, index = divmod(number, halves)
 

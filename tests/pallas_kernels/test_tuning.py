@@ -13,9 +13,17 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.gpu_timing import compile_timer
-from pallas_kernels.ragged_paged_attention import gpu, gpu_bench
+from pallas_kernels.grouped_matmul import gpu as grouped_matmul
+from pallas_kernels.ragged_paged_attention import gpu, gpu_bench, hopper, hopper_decode
 from pallas_kernels.tune import best_of
 
+TAKEN = {
+    gpu.DECODE: gpu.Tiling,
+    gpu.PREFILL: gpu.Tiling,
+    gpu.HOPPER_DECODE: hopper_decode.DecodeConfig,
+    gpu.HOPPER_PREFILL: hopper.PrefillConfig,
+    grouped_matmul.OP: grouped_matmul.Tiling,
+}
 LLAMA = gpu.Problem(32, 8, 128, 128, 16, False, 1.0, None, None, None, False, False, False)
 
 
@@ -55,8 +63,7 @@ def test_files_in_the_package_hold_what_the_kernels_take() -> None:
         for op, entries in json.loads(path.read_text()).items():
             for entry in entries.values():
                 assert entry["measured"]
-                if op in (gpu.DECODE, gpu.PREFILL):
-                    gpu.Tiling(**entry["parameters"])
+                TAKEN[op](**entry["parameters"])
 
 
 def test_a_tuned_shape_gets_its_sizes_and_any_other_the_default() -> None:
