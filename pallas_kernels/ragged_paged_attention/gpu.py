@@ -44,6 +44,8 @@ HOPPER_PREFILL = "ragged_paged_attention.hopper_prefill"
 HOPPER_DECODE = "ragged_paged_attention.hopper_decode"
 LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
+_MANY_TOKENS, _TOKENS_TO_WRITE = 1024, 8  # from so many on, a program writes several
+_CLEARING_PROGRAMS = 528
 _ITEMS = 16  # of one row that a trip of the merge takes
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
 
@@ -310,26 +312,26 @@ def write(
     num_heads = max(1, min(pl.next_power_of_2(num_kv_heads), 4096 // head_dim))
     parts = [(k, 0)] if v is None else [(k, 0), (v, head_dim)]
 
+    tokens_each = _TOKENS_TO_WRITE if num_tokens >= _MANY_TOKENS else 1
+
     def kernel(slots_ref, *refs):
         *part_refs, _, cache_ref = refs
-        token = pl.program_id(1)
-        first_head = pl.program_id(0) * num_heads
-        page, slot = slots_ref[token, 0], slots_ref[token, 1]
-        heads = first_head + jnp.arange(num_heads, dtype=jnp.int32)
-        exists = heads < num_kv_heads
-
-        @pl.when(page >= 0)
-        def _():
-            for ref, (part, start) in zip(part_refs, parts, strict=True):
-                for piece in pieces(part.shape[2], interpret):
-                    x = _load(ref, (jnp.full(num_heads, token), heads), piece, 0, exists)
-                    at = jnp.full(num_heads, page), heads, jnp.full(num_heads, slot)
-                    _store(cache_ref, at, piece, x, exists, start)
+        index = jnp.arange(tokens_each * num_heads, dtype=jnp.int32)
+        heads = pl.program_id(0) * num_heads + lax.rem(index, num_heads)
+        tokens = pl.program_id(1) * tokens_each + lax.div(index, num_heads)
+        inside = (tokens < num_tokens) & (heads < num_kv_heads)
+        page = plt.load(slots_ref.at[tokens, 0], mask=inside, other=-1)
+        slot = plt.load(slots_ref.at[tokens, 1], mask=inside, other=0)
+        exists = page >= 0
+        for ref, (part, start) in zip(part_refs, parts, strict=True):
+            for piece in pieces(part.shape[2], interpret):
+                x = _load(ref, (tokens, heads), piece, 0, exists)
+                _store(cache_ref, (page, heads, slot), piece, x, exists, start)
 
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
-        grid=(-(-num_kv_heads // num_heads), num_tokens),
+        grid=(-(-num_kv_heads // num_heads), -(-num_tokens // tokens_each)),
         input_output_aliases={1 + len(parts): 0},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -635,19 +637,22 @@ def _clear_from(live, x):
     """Zero x[live:] in place; an elementwise pass would read and write all of it."""
     num_tokens, width = x.shape[0], math.prod(x.shape[1:])
     size = pl.next_power_of_2(width)
+    num_programs = min(num_tokens, _CLEARING_PROGRAMS)
 
     def kernel(live_ref, _, x_ref):
-        token = pl.program_id(0)
+        columns = jnp.arange(size, dtype=jnp.int32)
+        first = live_ref[0] + pl.program_id(0)
 
-        @pl.when(token >= live_ref[0])
-        def _():
-            columns = jnp.arange(size, dtype=jnp.int32)
+        def clear(index, _):
+            token = first + index * num_programs
             plt.store(x_ref.at[token, columns], jnp.zeros(size, x_ref.dtype), mask=columns < width)
+
+        lax.fori_loop(0, _ceil_div(num_tokens - first, num_programs), clear, None)
 
     flat = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((num_tokens, width), x.dtype),
-        grid=(num_tokens,),
+        grid=(num_programs,),
         input_output_aliases={1: 0},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="ragged_paged_attention_clear",

@@ -61,6 +61,32 @@ def test_kernels_on_the_card_equal_the_reference(spec, device_kind):
     assert error < TOLERANCE[spec.dtype]
 
 
+def test_many_tokens_are_written_several_at_a_time():
+    rows, page_size, num_heads, width = ((1, 9), (700, 700), (318, 400)), 16, 3, 24
+    used, tokens = sum(new for new, _ in rows), 1029
+    starts = np.cumsum([0, *(new for new, _ in rows)])
+    table = np.random.default_rng(0).permutation(3 * 50).reshape(3, 50)
+    keys, values = (
+        jax.random.normal(jax.random.key(seed), (tokens, num_heads, width)) for seed in (0, 1)
+    )
+    shape = cache_shape(150, page_size, num_heads, width, width, jnp.float32, platform="gpu")
+    metadata = ([kv_len for _, kv_len in rows], table, starts, [1, 3, 3])
+    written = gpu.write(
+        jnp.zeros(shape),
+        *(keys, values),
+        *(jnp.asarray(x, jnp.int32) for x in metadata),
+        interpret=True,
+    )
+    wanted = np.zeros(shape, np.float32)
+    for row, (new, kv_len) in enumerate(rows):
+        for i in range(new):
+            page, slot = divmod(kv_len - new + i, page_size)
+            place = table[row, page], slice(None), slot
+            wanted[place] = np.concatenate([keys[starts[row] + i], values[starts[row] + i]], -1)
+    assert used < tokens
+    np.testing.assert_array_equal(written, wanted)
+
+
 @pytest.mark.parametrize("programs", [1, 4, 10_000])
 def test_the_cut_into_items_changes_nothing(programs):
     spec = replace(ARG_SPECS[0], rows=((1, 700), (1, 3), (1, 64), (1, 129)), tokens=4, row_slots=6)
