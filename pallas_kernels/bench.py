@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 
 import jax
 
-from pallas_kernels.gpu_timing import copy_bytes_per_s, matmul_flops_per_s
+from pallas_kernels.gpu_timing import all_at_once, copy_bytes_per_s, matmul_flops_per_s
 from pallas_kernels.grouped_matmul import bench as grouped_matmul
 from pallas_kernels.ragged_paged_attention import bench as ragged_paged_attention
 from pallas_kernels.ragged_paged_attention import gpu_bench
@@ -24,10 +25,12 @@ def gpu_attention_records(match: str):
     """Yield the JSON record of each case whose name contains `match`."""
     device = jax.devices()[0]
     bytes_ceiling, flops_ceiling = copy_bytes_per_s(), matmul_flops_per_s()
-    for case in gpu_bench.CASES:
-        if match not in case.name:
-            continue
-        seconds = gpu_bench.case_timer(case, device_kind=device.device_kind)()
+    cases = [case for case in gpu_bench.CASES if match in case.name]
+    compilers = [
+        partial(gpu_bench.case_timer, case, device_kind=device.device_kind) for case in cases
+    ]
+    for case, timer in zip(cases, all_at_once(compilers), strict=True):
+        seconds = timer.result()()
         record = {
             "op": "ragged_paged_attention",
             "case": case.name,

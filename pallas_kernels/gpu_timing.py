@@ -6,11 +6,13 @@ between a short and a long program: what starting a program costs cancels out.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,23 @@ REPEATS = 9
 OPTIONS = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
 
 
+WARM_UP_S = 0.2  # before anything is timed: a card that idled runs at a lower clock
+T = TypeVar("T")
+
+
+def all_at_once(compilers: Sequence[Callable[[], T]]) -> list[Future[T]]:
+    """Compile on all cores, and wait: what is timed then has the machine to itself."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(each) for each in compilers]
+        wait(futures)
+    return futures
+
+
 def median_s(call: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median seconds until the arrays that `call` returns are there, a first call apart."""
-    jax.block_until_ready(call())
+    """Median seconds until the arrays that `call` returns are there, once the device is warm."""
+    warm_at = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < warm_at:
+        jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()

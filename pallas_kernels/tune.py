@@ -10,10 +10,8 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import tuning
+from pallas_kernels.gpu_timing import all_at_once
 from pallas_kernels.grouped_matmul import arg_specs, bench, gpu
 from pallas_kernels.ragged_paged_attention import gpu_bench
 
@@ -87,23 +86,18 @@ def tune(cases: Iterable[Case], device: jax.Device) -> None:
     Candidates are compiled on all cores at once, and timed one after the other.
     """
     times: dict[tuple[str, str], dict[str, dict[object, float]]] = defaultdict(dict)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = [
-            (case, sizes, pool.submit(case.timer, sizes))
-            for case in cases
-            for sizes in case.candidates
-        ]
-        wait(future for _, _, future in compiling)  # what is timed has the machine to itself
-        for case, sizes, future in compiling:
-            seconds = times[case.op, case.key].setdefault(case.name, {})
-            try:
-                seconds[sizes] = future.result()()
-            except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # too large, say
-                print(json.dumps({"case": case.name, "sizes": str(sizes), "error": str(error)}))
-                continue
-            micros = round(1e6 * seconds[sizes], 1)
-            record = {"case": case.name, "us": micros, **dataclasses.asdict(sizes)}
-            print(json.dumps(record), flush=True)
+    tried = [(case, sizes) for case in cases for sizes in case.candidates]
+    timers = all_at_once([partial(case.timer, sizes) for case, sizes in tried])
+    for (case, sizes), timer in zip(tried, timers, strict=True):
+        seconds = times[case.op, case.key].setdefault(case.name, {})
+        try:
+            seconds[sizes] = timer.result()()
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # too large, say
+            print(json.dumps({"case": case.name, "sizes": str(sizes), "error": str(error)}))
+            continue
+        micros = round(1e6 * seconds[sizes], 1)
+        record = {"case": case.name, "us": micros, **dataclasses.asdict(sizes)}
+        print(json.dumps(record), flush=True)
     for (op, key), of_cases in times.items():
         best = best_of(of_cases)
         measured = {name: round(1e6 * seconds[best], 1) for name, seconds in of_cases.items()}

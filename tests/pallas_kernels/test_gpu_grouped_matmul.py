@@ -211,14 +211,14 @@ def test_kernel_on_the_card_is_the_product(spec: ArgSpec, device_kind: str) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", GPU_SPECS, ids=lambda spec: spec.name)
-def test_large_products_on_the_card_are_those_of_the_ragged_dot(spec: ArgSpec) -> None:
+def test_large_products_on_the_card_are_those_of_blocks_of_rows(spec: ArgSpec) -> None:
     arguments = spec.device_arguments(seed=7)
     kind = jax.devices()[0].device_kind
     out, wanted = (
         jax.jit(partial(grouped_matmul, implementation=name, device_kind=kind, **spec.options))(
             *arguments
         )
-        for name in ("triton", "ragged_dot")
+        for name in ("triton", "blocks")
     )
     error = jnp.linalg.norm(out.astype(jnp.float32) - wanted.astype(jnp.float32))
     assert error < TOLERANCE[spec.dtype] * jnp.linalg.norm(wanted.astype(jnp.float32))
