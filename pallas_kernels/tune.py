@@ -38,42 +38,29 @@ def best_of(times_s: dict[str, dict[object, float]]) -> object:
 class Case:
     """Something to time with each of `candidates`, dataclasses of sizes.
 
-    op, key: where the best ones are kept. timer: compiles a call with one of them, and returns
-    what runs it and returns seconds.
+    op, key: where the best ones are kept. timer: given `sizes`, compiles a call with them, and
+    returns what runs it and returns seconds.
     """
 
     name: str
     op: str
     key: str
     candidates: Sequence[Any]
-    timer: Callable[[Any], Callable[[], float]]
-
-
-def _attention_timer(case: gpu_bench.Case, device_kind: str, sizes: Any) -> Callable[[], float]:
-    return gpu_bench.case_timer(case, device_kind=device_kind, sizes=sizes)
+    timer: Callable[..., Callable[[], float]]
 
 
 def attention_cases(device_kind: str) -> Iterator[Case]:
     for case in gpu_bench.CASES:
-        timer = partial(_attention_timer, case, device_kind)
-        op, candidates = gpu_bench.candidates(case, device_kind)
-        yield Case(case.name, op, case.key(), candidates, timer)
-        if case.is_decode and tuning.is_hopper(device_kind):
-            op, candidates = gpu_bench.hopper_decode_candidates(case)
+        timer = partial(gpu_bench.case_timer, case, device_kind=device_kind)
+        for op, candidates in gpu_bench.candidates(case, device_kind).items():
             yield Case(case.name, op, case.key(), candidates, timer)
-
-
-def _grouped_matmul_timer(
-    spec: arg_specs.ArgSpec, device_kind: str, sizes: Any
-) -> Callable[[], float]:
-    return bench.gpu_timer(spec, device_kind=device_kind, tiling=sizes)
 
 
 def grouped_matmul_cases(device_kind: str) -> Iterator[Case]:
     for spec in arg_specs.GPU_SPECS:
         x, w, _, *rows = spec.shapes()
         problem = gpu.problem_of(x, w, *rows, **spec.options)
-        timer = partial(_grouped_matmul_timer, spec, device_kind)
+        timer = partial(bench.gpu_timer, spec, device_kind=device_kind)
         yield Case(spec.name, gpu.OP, problem.key(), gpu.candidates(problem), timer)
 
 
@@ -87,7 +74,7 @@ def tune(cases: Iterable[Case], device: jax.Device) -> None:
     """
     times: dict[tuple[str, str], dict[str, dict[object, float]]] = defaultdict(dict)
     tried = [(case, sizes) for case in cases for sizes in case.candidates]
-    timers = all_at_once([partial(case.timer, sizes) for case, sizes in tried])
+    timers = all_at_once([partial(case.timer, sizes=sizes) for case, sizes in tried])
     for (case, sizes), timer in zip(tried, timers, strict=True):
         seconds = times[case.op, case.key].setdefault(case.name, {})
         try:

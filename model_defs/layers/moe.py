@@ -338,8 +338,8 @@ def _routed_experts(
     mine = jnp.where((mine >= 0) & (mine < count) & jnp.repeat(live, top_k), mine, count)
     order, places, sizes = group_rows(mine.astype(jnp.int32), count)
 
-    combine = spec.expert.combine
-    hidden = product(x, gate_up[:, :, 0], sizes, order // top_k, combine=combine)
+    tokens = order // top_k
+    hidden = product(x, gate_up[:, :, 0], sizes, tokens, combine=spec.expert.combine)
     rows = product(hidden, down[:, :, 0], sizes)
     parts = rows[places].reshape(*ids.shape, -1).astype(jnp.float32)
     y = (parts * weights[:, :, None]).sum(1).astype(x.dtype)

@@ -66,9 +66,9 @@ def gpu_timer(
     *,
     device_kind: str | None,
     implementation: str | None = "triton",
-    tiling: gpu.Tiling | None = None,
+    sizes: gpu.Tiling | None = None,
 ) -> Callable[[], float]:
-    """Compile a call, with these sizes of the kernel where a tiling is given; see `compile_timer`.
+    """Compile a call, with these sizes of the kernel where they are given; see `compile_timer`.
 
     Calls in a row use other matrices, so that none of them is still in the card's cache.
     """
@@ -78,10 +78,10 @@ def gpu_timer(
         x, w, group_sizes, *rows = spec.device_arguments()
         return [w, w + 1, w - 1], (x, group_sizes, *rows)
 
-    if tiling is None:
+    if sizes is None:
         product = partial(grouped_matmul, device_kind=device_kind, implementation=implementation)
     else:
-        product = partial(gpu.grouped_matmul, tiling=tiling)
+        product = partial(gpu.grouped_matmul, tiling=sizes)
 
     def call(w, x, group_sizes, *rows):
         return product(x, w, group_sizes, *rows, **spec.options)

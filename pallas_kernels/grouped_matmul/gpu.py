@@ -165,7 +165,7 @@ def grouped_matmul(
         raise NotImplementedError(f"the GPU kernel takes no array of {numbers} numbers")
     tiling = tiling or choose_tiling(problem, device_kind)
     together = _TILES_TOGETHER if tiling.rows >= 64 else 1
-    num_tiles = _round_up(problem.num_tiles(tiling.rows), together)
+    num_tiles = pl.cdiv(problem.num_tiles(tiling.rows), together) * together
     num_columns = tiling.columns // problem.num_halves
     blocks = -(-width // num_columns)
     # All programs of `together` tiles for some columns, then for the next: what they read of x
@@ -285,10 +285,6 @@ def _halves(product: jax.Array) -> list[jax.Array]:
     both = product.reshape(rows, 2, columns // 2)
     side = lax.broadcasted_iota(jnp.int32, both.shape, 1)
     return [jnp.where(side == half, both, 0.0).sum(1) for half in (0, 1)]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _default(problem: Problem, device_kind: str | None) -> Tiling:

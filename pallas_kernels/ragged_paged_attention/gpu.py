@@ -470,8 +470,7 @@ def _of_single_tokens(problem, sizes, device_kind, page_table, q, cache, rows, p
 
 def _hopper_decode(problem, config, page_table, q, cache, rows):
     """As `_of_single_tokens`, by the kernel for Hopper GPUs: maxima and sums lie behind outputs."""
-    if problem.shared_kv or problem.alibi or problem.sparse:
-        raise NotImplementedError("the Hopper kernel has no shared values, ALiBi or sparse mask")
+    _refuse_on_hopper(problem)
     kv_lens, _, distribution = rows
     items = hopper_decode.make_items(
         kv_lens,
@@ -613,10 +612,15 @@ def _of_prompts(problem, sizes, device_kind, page_table, q, cache, rows, per_hea
     return _prefill(problem, sizes, tiles, page_table, q, cache, per_head)
 
 
-def _hopper_prefill(problem, config, page_table, q, cache, rows):
-    """What `_prefill` computes, by the kernel for Hopper GPUs."""
+def _refuse_on_hopper(problem):
+    """Raise NotImplementedError for what neither kernel for Hopper GPUs does."""
     if problem.shared_kv or problem.alibi or problem.sparse:
         raise NotImplementedError("the Hopper kernel has no shared values, ALiBi or sparse mask")
+
+
+def _hopper_prefill(problem, config, page_table, q, cache, rows):
+    """What `_prefill` computes, by the kernel for Hopper GPUs."""
+    _refuse_on_hopper(problem)
     kv_lens, query_starts, distribution = rows
     out = hopper.prefill(
         q,

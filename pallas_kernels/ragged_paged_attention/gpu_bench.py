@@ -136,12 +136,12 @@ def case_timer(
 
 def candidates(
     case: Case, device_kind: str | None
-) -> tuple[str, list[gpu.Tiling | hopper.PrefillConfig]]:
-    """The operation that a case's sizes are kept under, and the sizes worth trying on a device."""
-    group = case.num_heads // case.num_kv_heads
+) -> dict[str, list[gpu.Tiling | hopper.PrefillConfig | hopper_decode.DecodeConfig]]:
+    """The sizes worth trying on a device, by the operation that they are kept under."""
+    group, on_hopper = case.num_heads // case.num_kv_heads, tuning.is_hopper(device_kind)
     if case.is_decode:
         rows = max(16, min(64, 1 << (group - 1).bit_length()))
-        return gpu.DECODE, [
+        tilings = [
             gpu.Tiling(rows, keys, num_warps, num_stages, programs)
             for keys, num_warps, num_stages in (
                 *((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 4, 3), (128, 4, 5), (128, 8, 3)),
@@ -149,30 +149,32 @@ def candidates(
             )
             for programs in (528, 1056)
         ]
-    if tuning.is_hopper(device_kind):
+        if not on_hopper:
+            return {gpu.DECODE: tilings}
+        default = hopper_decode.default_config(case.head_dim, group)
+        changes = (
+            *({}, {"stages": 3}, {"programs": 528}, {"programs": 396}),
+            *({"programs": 132, "stages": 4}, {"keys": 128, "stages": 2, "programs": 132}),
+            {"stages": 1, "programs": 660},
+        )
+        configs = [dataclasses.replace(default, **each) for each in changes]
+        return {gpu.DECODE: tilings, gpu.HOPPER_DECODE: configs}
+    if on_hopper:
         default = hopper.default_config(case.head_dim, group)
         changes = (
             *({}, {"num_programs": None}, {"take_turns": True}, {"heads_per_tile": 1}),
             *({"heads_per_tile": 4}, {"query_stages": 1}, {"block_kv": 64, "stages": 4}),
         )
-        return gpu.HOPPER_PREFILL, [dataclasses.replace(default, **each) for each in changes]
-    return gpu.PREFILL, [
+        configs = [dataclasses.replace(default, **each) for each in changes]
+        return {gpu.HOPPER_PREFILL: configs}
+    tilings = [
         gpu.Tiling(rows, keys, num_warps, num_stages)
         for rows, keys, num_warps, num_stages in (
             *((128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
             *((128, 128, 8, 2), (128, 64, 8, 5)),
         )
     ]
-
-
-def hopper_decode_candidates(case: Case) -> tuple[str, list[hopper_decode.DecodeConfig]]:
-    """As `candidates`, of the decode kernel for Hopper GPUs."""
-    default = hopper_decode.default_config(case.head_dim, case.num_heads // case.num_kv_heads)
-    changes = (
-        *({}, {"stages": 3}, {"programs": 528}, {"programs": 396}, {"programs": 132, "stages": 4}),
-        *({"keys": 128, "stages": 2, "programs": 132}, {"stages": 1, "programs": 660}),
-    )
-    return gpu.HOPPER_DECODE, [dataclasses.replace(default, **each) for each in changes]
+    return {gpu.PREFILL: tilings}
 
 
 CASES: tuple[Case, ...] = (

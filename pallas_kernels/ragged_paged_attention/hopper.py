@@ -8,7 +8,6 @@ the other multiplies.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,15 +17,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_LOG2_E = math.log2(math.e)
-_LOWEST = -1e30  # A running maximum before the first key; finite, so that no inf - inf arises.
-_ROWS = 64  # Queries of a compute warpgroup: the height of Hopper's matrix instruction.
+from pallas_kernels.ragged_paged_attention.hopper_parts import (
+    ALIGNMENT,
+    LOG2_E,
+    LOWEST,
+    ROWS,
+    SUMS,
+    SWIZZLE_BYTES,
+    Layouts,
+    refuse,
+    rescaled,
+    softmax,
+    swizzled,
+)
+
 _COMPUTE_WARPGROUPS = 2
-_ALIGNMENT = 8  # Tokens: the height of a swizzle atom in shared memory.
-_SWIZZLE_BYTES = 128
-_SHARED_MEMORY_BYTES = 227 * 1024
 _REGISTERS = 65536  # Of one multiprocessor.
-_SUMS = 8  # Columns a row's sum is kept in: four threads hold two each.
 
 
 @dataclass(frozen=True)
@@ -55,17 +61,17 @@ class PrefillConfig:
     @property
     def tile_tokens(self) -> int:
         """Tokens of a tile."""
-        return _COMPUTE_WARPGROUPS * _ROWS // self.heads_per_tile
+        return _COMPUTE_WARPGROUPS * ROWS // self.heads_per_tile
 
     @property
     def copy_tokens(self) -> int:
         """Tokens of one head that lie together in a warpgroup's queries."""
-        return min(_ROWS, self.tile_tokens)
+        return min(ROWS, self.tile_tokens)
 
     def shared_memory_bytes(self, head_dim: int, itemsize: int) -> int:
         """Of one thread block, barriers aside."""
-        rows = 2 * self.stages * self.block_kv + self.query_stages * _COMPUTE_WARPGROUPS * _ROWS
-        return rows * head_dim * itemsize + _COMPUTE_WARPGROUPS * _ROWS * _SWIZZLE_BYTES
+        rows = 2 * self.stages * self.block_kv + self.query_stages * _COMPUTE_WARPGROUPS * ROWS
+        return rows * head_dim * itemsize + _COMPUTE_WARPGROUPS * ROWS * SWIZZLE_BYTES
 
 
 def default_config(head_dim: int, group: int) -> PrefillConfig:
@@ -110,12 +116,12 @@ def make_tiles(
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     starts, ends = query_starts[:-1], query_starts[1:]
     live = (rows >= distribution[0]) & (rows < distribution[2]) & (ends > starts)
-    aligned = starts // _ALIGNMENT * _ALIGNMENT
+    aligned = starts // ALIGNMENT * ALIGNMENT
     counts = jnp.where(live, -(-(ends - aligned) // tile_tokens), 0)
     past = jnp.cumsum(counts)
     # A row of n tokens has at most (n + 7 + tile_tokens - 1) / tile_tokens tiles.
     busy_rows = min(num_rows, num_tokens)
-    num_tiles = (num_tokens + busy_rows * (tile_tokens + _ALIGNMENT - 2)) // tile_tokens
+    num_tiles = (num_tokens + busy_rows * (tile_tokens + ALIGNMENT - 2)) // tile_tokens
     tiles = jnp.arange(num_tiles, dtype=jnp.int32)
     row = jnp.searchsorted(past, tiles, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, num_rows - 1)
@@ -185,12 +191,9 @@ def prefill(
     most_items = tiles.fields.shape[0] * tile_heads
     num_programs = min(config.num_programs or most_items, most_items)
 
-    swizzled = (
-        plgpu.TilingTransform((_ALIGNMENT, _SWIZZLE_BYTES // q.dtype.itemsize)),
-        plgpu.SwizzleTransform(_SWIZZLE_BYTES),
-    )
+    transforms = swizzled(q.dtype)
     keys = (config.stages, config.block_kv, head_dim)
-    columns = _SWIZZLE_BYTES // q.dtype.itemsize
+    columns = SWIZZLE_BYTES // q.dtype.itemsize
     copies = config.block_kv // unit
     barriers = {
         "query_ready": (max(config.heads_per_tile, _COMPUTE_WARPGROUPS), config.query_stages),
@@ -216,13 +219,13 @@ def prefill(
         out_type=jax.ShapeDtypeStruct((num_tokens, num_heads * head_dim), q.dtype),
         scratch_types={
             "query_smem": plgpu.SMEM(
-                (config.query_stages, _COMPUTE_WARPGROUPS, _ROWS, head_dim),
+                (config.query_stages, _COMPUTE_WARPGROUPS, ROWS, head_dim),
                 q.dtype,
-                transforms=swizzled,
+                transforms=transforms,
             ),
-            "keys_smem": plgpu.SMEM(keys, q.dtype, transforms=swizzled),
-            "values_smem": plgpu.SMEM(keys, q.dtype, transforms=swizzled),
-            "rows_smem": plgpu.SMEM((_COMPUTE_WARPGROUPS, _ROWS, columns), q.dtype),
+            "keys_smem": plgpu.SMEM(keys, q.dtype, transforms=transforms),
+            "values_smem": plgpu.SMEM(keys, q.dtype, transforms=transforms),
+            "rows_smem": plgpu.SMEM((_COMPUTE_WARPGROUPS, ROWS, columns), q.dtype),
             **{
                 name: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
                 for name, (arrivals, count) in barriers.items()
@@ -252,35 +255,25 @@ def prefill(
 def _check(q: jax.Array, cache: jax.Array, scale: float, config: PrefillConfig) -> None:
     """Refuse what the kernel does not do."""
     num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, page_size, width = cache.shape
-    group = num_heads // num_kv_heads
-    used = config.shared_memory_bytes(head_dim, 2)
+    group = num_heads // cache.shape[1]
     registers = 128 * (_COMPUTE_WARPGROUPS * config.compute_registers + config.copy_registers)
-    unit = min(page_size, config.block_kv)
-    refusals = {
-        f"dtype {q.dtype}, not bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"a cache of {cache.dtype} for queries of {q.dtype}": cache.dtype != q.dtype,
-        f"head_dim {head_dim}, not 64, 128, 192 or 256": head_dim not in (64, 128, 192, 256),
-        f"values of {width - head_dim} numbers, not {head_dim}": width != 2 * head_dim,
-        f"page size {page_size}, not a power of two of at least 16": (
-            page_size < 16 or page_size & (page_size - 1) != 0
-        ),
-        f"block_kv {config.block_kv}, no multiple of 64 and of {unit}": (
-            config.block_kv % 64 != 0 or config.block_kv % unit != 0 or page_size % unit != 0
-        ),
-        f"{group} query heads per kv head in tiles of {config.heads_per_tile}": (
-            group % config.heads_per_tile != 0 or config.heads_per_tile not in (1, 2, 4, 8, 16)
-        ),
-        f"{num_tokens} tokens, no multiple of {_ALIGNMENT} or fewer than {config.tile_tokens}": (
-            num_tokens % _ALIGNMENT != 0 or num_tokens < config.tile_tokens
-        ),
-        f"scale {scale}, not positive": scale <= 0,
-        f"{used} bytes of shared memory": used + 1024 > _SHARED_MEMORY_BYTES,
-        f"{registers} registers": registers > _REGISTERS,
-    }
-    for what, refused in refusals.items():
-        if refused:
-            raise NotImplementedError(f"hopper.prefill does not do {what}")
+    refuse(
+        "hopper.prefill",
+        q,
+        cache,
+        keys=config.block_kv,
+        scale=scale,
+        shared_memory_bytes=config.shared_memory_bytes(head_dim, 2),
+        further={
+            f"{group} query heads per kv head in tiles of {config.heads_per_tile}": (
+                group % config.heads_per_tile != 0 or config.heads_per_tile not in (1, 2, 4, 8, 16)
+            ),
+            f"{num_tokens} tokens, no multiple of {ALIGNMENT} or fewer than {config.tile_tokens}": (
+                num_tokens % ALIGNMENT != 0 or num_tokens < config.tile_tokens
+            ),
+            f"{registers} registers": registers > _REGISTERS,
+        },
+    )
 
 
 def _kernel(
@@ -320,27 +313,15 @@ def _kernel(
     unit = min(page_size, block_kv)
     dtype = q_ref.dtype
     chunk = config.copy_tokens
-    chunks = _ROWS // chunk  # Heads of one warpgroup.
+    chunks = ROWS // chunk  # Heads of one warpgroup.
     program = lax.axis_index("program")
     warpgroup = lax.axis_index("warpgroup")
 
-    def layout(x, like):
-        return x if interpret else plgpu.layout_cast(x, like)
+    layouts = Layouts(interpret)
 
     def in_order(x):
         """Keep x, and what is computed from it, where it is among waits, which x does not name."""
         return x if interpret else lax.optimization_barrier(x)
-
-    def store_plainly(ref, x):
-        """ref[...] = x for a `ref` without swizzle, where banks of shared memory conflict."""
-        store = getattr(plgpu, "store", None)  # JAX 0.12 asks for consent to conflicts.
-        if interpret or store is None:
-            ref[...] = x
-        else:
-            store(ref, x, optimized=False)
-
-    def iota(shape, axis):
-        return layout(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
 
     def for_each_item(body):
         """body(index, tile, first head, key blocks before) for this program's items, in order.
@@ -365,7 +346,7 @@ def _kernel(
     def chunk_origin(compute_warpgroup, index):
         """Head and token of the tile that a warpgroup's chunk of rows starts at."""
         if config.heads_per_tile == 1:
-            return 0, compute_warpgroup * _ROWS
+            return 0, compute_warpgroup * ROWS
         return compute_warpgroup * chunks + index, 0
 
     def copy_pages(blocks_of, share, with_queries):
@@ -466,7 +447,7 @@ def _kernel(
                     copy_pages(((keys, values)[ring],), (index, halves), ring + index == 0)
 
     def compute():
-        log2_scale = (scale if softcap is None else softcap) * _LOG2_E
+        log2_scale = (scale if softcap is None else softcap) * LOG2_E
         row_layout = plgpu.Layout.WGMMA.reduce(1)
 
         def item(index, tile, first_head, done):
@@ -477,7 +458,7 @@ def _kernel(
             kv_len = fields_ref[tile, _KV_LEN]
             query_slot = lax.rem(index, query_stages)
             query = query_smem.at[query_slot, warpgroup]
-            first_row = warpgroup * _ROWS if config.heads_per_tile == 1 else 0
+            first_row = warpgroup * ROWS if config.heads_per_tile == 1 else 0
 
             def await_keys(number):
                 @pl.when(number < blocks)
@@ -502,12 +483,12 @@ def _kernel(
                 plgpu.barrier_arrive(keys_free.at[slot])
                 return s
 
-            def softmax(s, m, total, number, masked):
+            def weigh(s, m, total, number, masked):
                 if softcap is not None:
                     s = jnp.tanh(s * (scale / softcap))
                 if masked:
                     base = key + number * block_kv
-                    queries, keys = iota(s.shape, 0), iota(s.shape, 1)
+                    queries, keys = layouts.iota(s.shape, 0), layouts.iota(s.shape, 1)
                     if chunks > 1:
                         queries = queries & (chunk - 1)
                     distance = queries - keys + (position + first_row - base)
@@ -515,20 +496,7 @@ def _kernel(
                     if window is not None:
                         visible &= distance < window
                     s = jnp.where(visible, s, -jnp.inf)
-                new_m = jnp.maximum(m, s.max(axis=1) * log2_scale)
-                alpha = jnp.exp2(m - new_m)
-                p = jnp.exp2(s * log2_scale - lax.broadcast_in_dim(new_m, s.shape, [0]))
-                # Sums of every eighth column, so that threads add up only what they hold.
-                columns = range(0, block_kv, _SUMS)
-                total = functools.reduce(
-                    lambda sums, column: sums + p[:, column : column + _SUMS],
-                    columns,
-                    rescaled(total, alpha),
-                )
-                return p, new_m, total, alpha
-
-            def rescaled(o, alpha):
-                return o * lax.broadcast_in_dim(alpha, o.shape, [0])
+                return softmax(s, m, total, log2_scale)
 
             def take_turn():
                 if config.take_turns:
@@ -549,13 +517,13 @@ def _kernel(
             def finish_product(out):
                 return out if interpret else plgpu.wgmma_accumulator_load(out, wait_n=0)
 
-            scores_type = plgpu.WGMMAAccumulatorRef((_ROWS, block_kv), jnp.float32)
-            out_type = plgpu.WGMMAAccumulatorRef((_ROWS, head_dim), jnp.float32)
+            scores_type = plgpu.WGMMAAccumulatorRef((ROWS, block_kv), jnp.float32)
+            out_type = plgpu.WGMMAAccumulatorRef((ROWS, head_dim), jnp.float32)
 
             plgpu.barrier_wait(query_ready.at[query_slot])
-            m = layout(jnp.full((_ROWS,), _LOWEST, jnp.float32), row_layout)
-            total = layout(jnp.zeros((_ROWS, _SUMS), jnp.float32), plgpu.Layout.WGMMA)
-            o = layout(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+            m = layouts.cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout)
+            total = layouts.cast(jnp.zeros((ROWS, SUMS), jnp.float32), plgpu.Layout.WGMMA)
+            o = layouts.cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
 
             def first_scores(scores):
                 slot = lax.rem(done, stages)
@@ -563,7 +531,7 @@ def _kernel(
                 return finish_scores(start_scores(scores, slot), slot, 0)
 
             s = pl.run_scoped(first_scores, scores_type)
-            p, m, total = softmax(s, m, total, 0, True)[:3]
+            p, m, total = weigh(s, m, total, 0, True)[:3]
             p = p.astype(dtype)
             await_keys(1)
 
@@ -581,7 +549,7 @@ def _kernel(
                     out = start_product(out, o, p, values_smem.at[slot])
                     end_turn()
                     s = finish_scores(scores, key_slot, 1)
-                    new_p, new_m, new_total, alpha = in_order(softmax(s, m, total, number, masked))
+                    new_p, new_m, new_total, alpha = in_order(weigh(s, m, total, number, masked))
                     # A branch: without one ptxas moves the softmax behind the wait below.
                     await_keys(number + 1)
                     # The product reads p until it is awaited, so the next p starts after that.
@@ -625,13 +593,13 @@ def _kernel(
 
         def clean(values, count):
             """Zero the values from `count` on: what nobody wrote may be NaN, and 0 * NaN is NaN."""
-            for first in range(0, block_kv, _ROWS):
-                mine = warpgroup == first // _ROWS % _COMPUTE_WARPGROUPS
+            for first in range(0, block_kv, ROWS):
+                mine = warpgroup == first // ROWS % _COMPUTE_WARPGROUPS
 
-                @pl.when(mine & (count < first + _ROWS))
+                @pl.when(mine & (count < first + ROWS))
                 def _(first=first):
-                    rows = values.at[pl.ds(first, _ROWS)]
-                    kept = iota((_ROWS, head_dim), 0) < count - first
+                    rows = values.at[pl.ds(first, ROWS)]
+                    kept = layouts.iota((ROWS, head_dim), 0) < count - first
                     rows[...] = jnp.where(kept, rows[...], jnp.zeros((), dtype))
 
             plgpu.commit_smem()
@@ -677,7 +645,7 @@ def _kernel(
                 rows = rows_smem.at[warpgroup]
                 width = rows_smem.shape[-1]
                 for column in range(0, head_dim, width):
-                    store_plainly(rows, o[:, column : column + width])
+                    layouts.store_plainly(rows, o[:, column : column + width])
                     plgpu.commit_smem()
                     for i in range(chunks):
                         first, columns = target(i, column, width)

@@ -20,13 +20,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_LOG2_E = math.log2(math.e)
-_LOWEST = -1e30  # A running maximum before the first key; finite, so that no inf - inf arises.
-_ROWS = 64  # The height of Hopper's matrix instruction.
-_ALIGNMENT = 8  # Rows: the height of a swizzle atom in shared memory.
-_SWIZZLE_BYTES = 128
-_SHARED_MEMORY_BYTES = 227 * 1024
-_SUMS = 8  # Columns a row's sum is kept in: four threads hold two each.
+from pallas_kernels.ragged_paged_attention.hopper_parts import (
+    ALIGNMENT,
+    LOG2_E,
+    LOWEST,
+    ROWS,
+    SUMS,
+    Layouts,
+    refuse,
+    rescaled,
+    softmax,
+    swizzled,
+)
+
 STATISTICS = 8  # Columns behind a head's outputs: the first half its maximum, the others its sum.
 
 
@@ -44,8 +50,8 @@ class DecodeConfig:
 
     def shared_memory_bytes(self, head_dim: int, itemsize: int) -> int:
         """Of one thread block, barriers aside; outputs take the place of what they come from."""
-        inputs = (_ROWS + 2 * self.stages * self.keys) * head_dim * itemsize
-        return max(inputs, _ROWS * (head_dim + STATISTICS) * 4)
+        inputs = (ROWS + 2 * self.stages * self.keys) * head_dim * itemsize
+        return max(inputs, ROWS * (head_dim + STATISTICS) * 4)
 
 
 def default_config(head_dim: int, group: int) -> DecodeConfig:
@@ -180,37 +186,27 @@ def decode(
 def _check(q: jax.Array, cache: jax.Array, scale: float, config: DecodeConfig) -> None:
     """Refuse what the kernel does not do."""
     num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, page_size, width = cache.shape
-    group, queries = num_heads // num_kv_heads, num_tokens * num_heads
-    used = config.shared_memory_bytes(head_dim, 2)
-    unit = min(page_size, config.keys)
-    refusals = {
-        f"dtype {q.dtype}, not bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"a cache of {cache.dtype} for queries of {q.dtype}": cache.dtype != q.dtype,
-        f"head_dim {head_dim}, not 64, 128, 192 or 256": head_dim not in (64, 128, 192, 256),
-        f"values of {width - head_dim} numbers, not {head_dim}": width != 2 * head_dim,
-        f"page size {page_size}, not a power of two of at least 16": (
-            page_size < 16 or page_size & (page_size - 1) != 0
-        ),
-        f"{config.keys} keys, no multiple of 64 and of {unit}": (
-            config.keys % 64 != 0 or config.keys % unit != 0 or page_size % unit != 0
-        ),
-        f"{group} query heads per kv head": _copied(group) > _ROWS,
-        f"{queries} queries, no multiple of {_ALIGNMENT} or fewer than it copies": (
-            queries % _ALIGNMENT != 0 or queries < _copied(group)
-        ),
-        f"scale {scale}, not positive": scale <= 0,
-        f"{used} bytes of shared memory": used + 1024 > _SHARED_MEMORY_BYTES,
-    }
-    for what, refused in refusals.items():
-        if refused:
-            raise NotImplementedError(f"hopper_decode.decode does not do {what}")
+    group, queries = num_heads // cache.shape[1], num_tokens * num_heads
+    refuse(
+        "hopper_decode.decode",
+        q,
+        cache,
+        keys=config.keys,
+        scale=scale,
+        shared_memory_bytes=config.shared_memory_bytes(head_dim, 2),
+        further={
+            f"{group} query heads per kv head": _copied(group) > ROWS,
+            f"{queries} queries, no multiple of {ALIGNMENT} or fewer than it copies": (
+                queries % ALIGNMENT != 0 or queries < _copied(group)
+            ),
+        },
+    )
 
 
 def _copied(group: int) -> int:
     """Queries that are copied to have `group` of them: whole swizzle atoms, wherever they start."""
-    most_before = _ALIGNMENT - math.gcd(group, _ALIGNMENT)
-    return -(-(most_before + group) // _ALIGNMENT) * _ALIGNMENT
+    most_before = ALIGNMENT - math.gcd(group, ALIGNMENT)
+    return -(-(most_before + group) // ALIGNMENT) * ALIGNMENT
 
 
 def _kernel(
@@ -239,25 +235,8 @@ def _kernel(
     dtype = q_ref.dtype
     program = lax.axis_index("program")
     piece, kv_head = lax.div(program, num_kv_heads), lax.rem(program, num_kv_heads)
-    log2_scale = (scale if softcap is None else softcap) * _LOG2_E
-    swizzled = (
-        plgpu.TilingTransform((_ALIGNMENT, _SWIZZLE_BYTES // dtype.itemsize)),
-        plgpu.SwizzleTransform(_SWIZZLE_BYTES),
-    )
-
-    def layout(x, like):
-        return x if interpret else plgpu.layout_cast(x, like)
-
-    def iota(shape, axis):
-        return layout(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
-
-    def store_plainly(ref, x):
-        """ref[...] = x for a `ref` without swizzle, which JAX 0.12 asks for consent to."""
-        store = getattr(plgpu, "store", None)
-        if interpret or store is None:
-            ref[...] = x
-        else:
-            store(ref, x, optimized=False)
+    log2_scale = (scale if softcap is None else softcap) * LOG2_E
+    transforms, layouts = swizzled(dtype), Layouts(interpret)
 
     def product(shape, start, a, b):
         """start + a @ b, or a @ b for None. The interpreter has no matrix instructions."""
@@ -276,9 +255,6 @@ def _kernel(
     def transposed(ref):
         return ref[...].T if interpret else ref.transpose((1, 0))
 
-    def rescaled(x, factor):
-        return x * lax.broadcast_in_dim(factor, x.shape, [0])
-
     def first_query(row):
         """Where the queries begin: a place that is copied from, and how many others precede them.
 
@@ -286,7 +262,7 @@ def _kernel(
         place is not filled up from the next.
         """
         first = row * num_heads + kv_head * group
-        before = lax.rem(first, _ALIGNMENT)
+        before = lax.rem(first, ALIGNMENT)
         return first - before, before
 
     def attend(query, pages, *, item):
@@ -315,34 +291,26 @@ def _kernel(
                     pages_ready.at[slot],
                 )
 
-        def softmax(s, m, total, base, masked):
+        def weigh(s, m, total, base, masked):
             if softcap is not None:
                 s = jnp.tanh(s * (scale / softcap))
             if masked:
-                key = iota(s.shape, 1) + base
+                key = layouts.iota(s.shape, 1) + base
                 visible = key < stop
                 if window is not None:
                     visible &= key >= kv_len - window
                 s = jnp.where(visible, s, -jnp.inf)
-            new_m = jnp.maximum(m, s.max(axis=1) * log2_scale)
-            alpha = jnp.exp2(m - new_m)
-            p = jnp.exp2(s * log2_scale - lax.broadcast_in_dim(new_m, s.shape, [0]))
-            # Sums of every eighth column, so that threads add up only what they hold.
-            total = functools.reduce(
-                lambda sums, column: sums + p[:, column : column + _SUMS],
-                range(0, keys, _SUMS),
-                rescaled(total, alpha),
-            )
-            return p.astype(dtype), new_m, total, alpha
+            p, m, total, alpha = softmax(s, m, total, log2_scale)
+            return p.astype(dtype), m, total, alpha
 
         def clean(values, count):
             """Zero the values from `count` on: what nobody wrote may be NaN, and 0 * NaN is NaN."""
-            for first in range(0, keys, _ROWS):
+            for first in range(0, keys, ROWS):
 
-                @pl.when(count < first + _ROWS)
+                @pl.when(count < first + ROWS)
                 def _(first=first):
-                    rows = values.at[pl.ds(first, _ROWS)]
-                    kept = iota((_ROWS, head_dim), 0) < count - first
+                    rows = values.at[pl.ds(first, ROWS)]
+                    kept = layouts.iota((ROWS, head_dim), 0) < count - first
                     rows[...] = jnp.where(kept, rows[...], jnp.zeros((), dtype))
 
             plgpu.commit_smem()
@@ -355,16 +323,16 @@ def _kernel(
             plgpu.barrier_wait(pages_ready.at[slot])
             values = pages.at[slot, :, pl.ds(head_dim, head_dim)]
             s = product(
-                (_ROWS, keys), None, query, transposed(pages.at[slot, :, pl.ds(0, head_dim)])
+                (ROWS, keys), None, query, transposed(pages.at[slot, :, pl.ds(0, head_dim)])
             )
-            p, m, total, alpha = softmax(s, m, total, base, last or window is not None)
+            p, m, total, alpha = weigh(s, m, total, base, last or window is not None)
             if last:
 
                 @pl.when(kv_len < base + keys)
                 def _():
                     clean(values, kv_len - base)
 
-            o = product((_ROWS, head_dim), rescaled(o, alpha), p, values)
+            o = product((ROWS, head_dim), rescaled(o, alpha), p, values)
             if not last:
                 plgpu.commit_smem()  # All warps are done with the slot.
 
@@ -388,9 +356,9 @@ def _kernel(
                 fetch(number, indices)
 
         state = (
-            layout(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
-            layout(jnp.full((_ROWS,), _LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
-            layout(jnp.zeros((_ROWS, _SUMS), jnp.float32), plgpu.Layout.WGMMA),
+            layouts.cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
+            layouts.cast(jnp.full((ROWS,), LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
+            layouts.cast(jnp.zeros((ROWS, SUMS), jnp.float32), plgpu.Layout.WGMMA),
         )
         plgpu.barrier_wait(query_ready)
         state = lax.fori_loop(0, blocks - 1, functools.partial(block, last=False), state)
@@ -399,15 +367,15 @@ def _kernel(
 
     def write(rows, *, o, m, total, before, target):
         """Put the group's rows, which have `before` others before them, to out_ref[target:]."""
-        shape = (_ROWS, STATISTICS)
+        shape = (ROWS, STATISTICS)
         statistics = jnp.where(
-            iota(shape, 1) < STATISTICS // 2,
+            layouts.iota(shape, 1) < STATISTICS // 2,
             lax.broadcast_in_dim(m, shape, [0]),
             lax.broadcast_in_dim(total, shape, [0]),
         )
         plgpu.commit_smem()  # All warps are done with what was here.
-        store_plainly(rows.at[:, pl.ds(0, head_dim)], o)
-        store_plainly(rows.at[:, pl.ds(head_dim, STATISTICS)], statistics)
+        layouts.store_plainly(rows.at[:, pl.ds(0, head_dim)], o)
+        layouts.store_plainly(rows.at[:, pl.ds(head_dim, STATISTICS)], statistics)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(rows.at[pl.ds(before, group)], out_ref.at[pl.ds(target, group)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -421,14 +389,14 @@ def _kernel(
         next_item = load_item(index + 1)
         o, m, total = pl.run_scoped(
             functools.partial(attend, item=item),
-            plgpu.SMEM((_ROWS, head_dim), dtype, transforms=swizzled),
-            plgpu.SMEM((stages, keys, 2 * head_dim), dtype, transforms=swizzled),
+            plgpu.SMEM((ROWS, head_dim), dtype, transforms=transforms),
+            plgpu.SMEM((stages, keys, 2 * head_dim), dtype, transforms=transforms),
         )
         _, before = first_query(item[0])
         target = index * num_heads + kv_head * group
         pl.run_scoped(
             functools.partial(write, o=o, m=m, total=total, before=before, target=target),
-            plgpu.SMEM((_ROWS, head_dim + STATISTICS), jnp.float32),
+            plgpu.SMEM((ROWS, head_dim + STATISTICS), jnp.float32),
         )
         return next_item
 

@@ -252,8 +252,7 @@ def test_configs_that_do_not_fit_are_refused(config, reason):
 def test_candidates_fit_the_cases_they_are_timed_on():
     for case in filter(lambda case: case.is_decode, gpu_bench.CASES):
         spec = replace(LLAMA, num_heads=case.num_heads, page_size=case.page_size)
-        _, candidates = gpu_bench.hopper_decode_candidates(case)
-        for config in candidates:
+        for config in gpu_bench.candidates(case, H100)[gpu.HOPPER_DECODE]:
             assert "mosaic_gpu" in lowered(spec, decode=config)
 
 
