@@ -26,16 +26,25 @@ from jaxserve.scheduler.buckets import Bucket
 from jaxserve.scheduler.scheduler import Batch
 from model_defs.sharding import DATA
 
-# XLA's options for a step, by platform.
-#
-# On a GPU, everything goes into CUDA graphs: XLA's own choice leaves out branches and loops, and
-# before each it waits for the device, so that no step would be prepared while another one runs.
-COMPILER_OPTIONS = {
-    "gpu": {
-        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
-        "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+# From so many tokens on, a step's products are large enough for cuBLAS.
+CUBLAS_TOKENS = 512
+
+
+def compiler_options(platform: str, bucket: Bucket) -> dict[str, str | bool] | None:
+    """XLA's options for a step.
+
+    On a GPU, everything goes into CUDA graphs: XLA's own choice leaves out branches and loops, and
+    before each it waits for the device, so that no step would be prepared while another one runs.
+    Large products are left to cuBLAS alone: where XLA also tries Triton, it decides so late for
+    cuBLAS that the addition to the residual becomes a pass of its own over memory.
+    """
+    if platform != "gpu":
+        return None
+    commands = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    return {
+        "xla_gpu_enable_command_buffer": commands,
+        "xla_gpu_enable_triton_gemm": bucket.tokens < CUBLAS_TOKENS,
     }
-}
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ class Runner:
         compiled = None if key is None else self._load(key, num_pages)
         if compiled is None:
             before = num_fresh_compiles()
-            options = COMPILER_OPTIONS.get(self._devices[0].platform)
+            options = compiler_options(self._devices[0].platform, bucket)
             compiled = self.lower(bucket, num_pages).compile(compiler_options=options)
             if key is not None and num_fresh_compiles() > before:
                 self._unsaved[bucket] = (key, compiled)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from model_defs.hf_config import HFConfig, UnsupportedConfig
 from model_defs.layers.linear import BuildContext, Linear
 from model_defs.sharding import Axis
+from pallas_kernels.gated_matmul import gated_matmul
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -68,7 +69,7 @@ class MLP:
 
 class MLPModule(nnx.Module):
     def __init__(self, spec: MLP, ctx: BuildContext, embed: Axis):
-        self.spec = spec
+        self.spec, self.rules = spec, ctx.rules
         ffn = Axis("ffn", spec.width)
         pair = ("gate_proj", "up_proj")
         self.gate_up = Linear(
@@ -82,5 +83,29 @@ class MLPModule(nnx.Module):
         self, x: Float[Array, "T D"], live: Bool[Array, " T"] | None = None
     ) -> Float[Array, "T D"]:
         del live  # Every token costs the same.
-        gate, up = self.gate_up(x)
-        return self.down(self.spec.combine(gate, up))[0]
+        return self.down(self._hidden(x))[0]
+
+    def _hidden(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+        if self.gate_up.bias is not None:
+            return self.spec.combine(*self.gate_up(x))
+        rules, weight = self.rules, self.gate_up.weight
+        call = partial(_gated, self.spec, device_kind=rules.device_kind)
+        if rules.mesh.size == 1:
+            return call(x, weight[...])
+        axes = weight.get_metadata()["placed"].axes
+        return jax.shard_map(
+            call,
+            mesh=rules.mesh,
+            in_specs=(rules.spec("tokens", None), rules.spec(*axes)),
+            out_specs=rules.spec("tokens", axes[1]),
+            check_vma=False,
+        )(x, weight[...])
+
+
+# Traced once per shape and spec, not once per layer: tracing is most of a warm start.
+@partial(jax.jit, static_argnums=0, static_argnames="device_kind")
+def _gated(
+    spec: MLP, x: Float[Array, "T D"], gate_up: Float[Array, "D 1 2f"], device_kind: str | None
+) -> Float[Array, "T f"]:
+    """The hidden layer of one device: both halves lie side by side in its weights."""
+    return gated_matmul(x, gate_up[:, 0], combine=spec.combine, device_kind=device_kind)
