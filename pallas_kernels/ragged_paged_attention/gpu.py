@@ -6,7 +6,7 @@ one kv head: all heads of its group, for one token or for several, so that every
 for the group.
 
 - decode: the tokens of all rows are cut into items of about equal length, whatever row they belong
-  to, one program per item and kv head. A second kernel merges the items of a row.
+  to, one program per item and kv head. The last program of a row to finish merges its items.
 - prefill: one program per tile and kv head, the longest first.
 
 Which program does what is worked out on the device from the step's metadata, once for all layers.
@@ -46,7 +46,7 @@ LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
 _MANY_TOKENS, _TOKENS_TO_WRITE = 1024, 8  # from so many on, a program writes several
 _CLEARING_PROGRAMS = 528
-_ITEMS = 16  # of one row that a trip of the merge takes
+_TO_MERGE = 8192  # elements of a trip of the merge: items times heads times columns
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
 
 
@@ -282,10 +282,9 @@ def attend(
     out = None
     if not decode_only:
         out = _of_prompts(problem, prefill, device_kind, page_table, q, cache, rows, per_head)
-    spans, *partial_out = _of_single_tokens(
-        problem, decode, device_kind, page_table, q, cache, rows, per_head
+    return _of_single_tokens(
+        problem, decode, device_kind, page_table, q, cache, rows, per_head, out
     )
-    return _merge(problem, spans, *partial_out, q, out)
 
 
 def write(
@@ -348,13 +347,14 @@ def decode_items(
     kv_lens: jax.Array,
     query_starts: jax.Array,
     distribution: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    num_cleared: int = 0,
+) -> jax.Array:
     """Cut the keys of the rows with one token into items, those of a row of about equal length.
 
-    Returns:
-        i32[items, 4], (row, first key, end of the keys, tokens of the row); the unused, last, have
-        row -1;
-        i32[R, 2], each row's first item and how many it has.
+    num_cleared: so many rows, the first, get an item even if they have no keys, and become zero.
+
+    Returns i32[items, 6]: (row, first key, end of the keys, tokens of the row, its first item, how
+    many it has); the unused, last, have row -1.
     """
     del query_starts
     keys, num_rows = tiling.keys, kv_lens.shape[0]
@@ -367,7 +367,7 @@ def decode_items(
         first = jnp.maximum(lens - problem.window, 0) // keys * keys
     blocks = _ceil_div(lens - first, keys)
     blocks_per_item = jnp.maximum(1, _ceil_div(blocks.sum(dtype=jnp.int32), target))
-    counts = _ceil_div(blocks, blocks_per_item)
+    counts = jnp.maximum(_ceil_div(blocks, blocks_per_item), rows < num_cleared)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     ids = jnp.arange(num_rows + target, dtype=jnp.int32)
     row = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
@@ -377,8 +377,9 @@ def decode_items(
     each = jnp.maximum(counts[row], 1)
     start, stop = (first[row] + i * blocks[row] // each * keys for i in (index, index + 1))
     stop = jnp.minimum(stop, lens[row])
-    items = jnp.stack([jnp.where(used, row, -1), start, stop, lens[row]], 1)
-    return items, jnp.stack([ends - counts, counts], 1)
+    first_item = (ends - counts)[row]
+    row_or_none = jnp.where(used, row, -1)
+    return jnp.stack([row_or_none, start, stop, lens[row], first_item, counts[row]], 1)
 
 
 def prefill_tiles(
@@ -418,21 +419,38 @@ def prefill_tiles(
 # ---- the kernels -------------------------------------------------------------------------------
 
 
-def _decode(problem, tiling, items, page_table, q, cache, per_head):
-    """Attention over each item's keys: maxima, sums f32[items, N] and outputs f32[items, N, Hv]."""
-    num_items = items.shape[0]
-    heads = jax.ShapeDtypeStruct((num_items, problem.num_heads), jnp.float32)
-    outputs = jax.ShapeDtypeStruct((*heads.shape, problem.v_head_dim), jnp.float32)
+def _decode(problem, tiling, items, page_table, q, cache, per_head, out):
+    """Attention of the rows of the items, in place in `out`; without it, [rows, N, Hv].
+
+    Programs of a row that has several items leave maxima, sums and outputs in memory; the last of
+    them, by a count in memory, merges these.
+    """
+    num_items, num_rows = items.shape[0], page_table.shape[0]
     grid = (problem.num_kv_heads * problem.head_tiles(tiling.rows), num_items)
+    arrived = jnp.zeros((num_rows, grid[0]), jnp.int32)
+    if out is None:
+        shape = (min(q.shape[0], num_rows), problem.num_heads, problem.v_head_dim)
+    else:
+        shape = out.shape
+    heads = (num_items, problem.num_heads)
+    outputs = (
+        jax.ShapeDtypeStruct(shape, q.dtype),
+        jax.ShapeDtypeStruct(arrived.shape, arrived.dtype),
+        jax.ShapeDtypeStruct((*heads, problem.v_head_dim), jnp.float32),
+        jax.ShapeDtypeStruct(heads, jnp.float32),
+        jax.ShapeDtypeStruct(heads, jnp.float32),
+    )
+    read = [items, page_table, q, cache, *per_head]
+    changed = [arrived] if out is None else [arrived, out]
 
     def kernel(items_ref, table_ref, q_ref, cache_ref, *refs):
-        *per_head_refs, max_ref, sum_ref, out_ref = refs
+        per_head_refs = refs[: len(per_head)]
+        out_ref, arrived_ref, *part_refs = refs[-len(outputs) :]
         head_tile, item = pl.program_id(0), pl.program_id(1)
-        row = items_ref[item, 0]
+        row, start, stop, kv_len, first, count = (items_ref[item, i] for i in range(6))
 
         @pl.when(row >= 0)
         def _():
-            start, stop, kv_len = (items_ref[item, i] for i in (1, 2, 3))
             kv_head, heads, is_head = _heads(problem, tiling.rows, head_tile, tiling.rows)
             tokens = jnp.full(tiling.rows, row)
             queries = _load_queries(problem, q_ref, tokens, heads, is_head)
@@ -441,35 +459,115 @@ def _decode(problem, tiling, items, page_table, q, cache, per_head):
             best, total, outs = attend.run(
                 start // tiling.keys, _ceil_div(stop, tiling.keys), kv_len - 1, kv_len - 1
             )
-            plt.store(max_ref.at[item, heads], best, mask=is_head)
-            plt.store(sum_ref.at[item, heads], total, mask=is_head)
-            for piece, out in zip(problem.v_pieces, outs, strict=True):
-                _store(out_ref, (jnp.full(tiling.rows, item), heads), piece, out, is_head)
 
-    return pl.pallas_call(
+            @pl.when(count == 1)
+            def _():
+                _store_mean(problem, out_ref, row, heads, is_head, total, outs)
+
+            @pl.when(count > 1)
+            def _():
+                parts_ref, *statistics = part_refs
+                for ref, x in zip(statistics, (best, total), strict=True):
+                    plt.store(ref.at[item, heads], x, mask=is_head)
+                at = jnp.full(tiling.rows, item), heads
+                for piece, part in zip(problem.v_pieces, outs, strict=True):
+                    _store(parts_ref, at, piece, part, is_head)
+                if not problem.interpret:
+                    plt.debug_barrier()  # All threads have stored; the atomic releases it.
+                before = plt.atomic_add(arrived_ref, (row, head_tile), jnp.int32(1))
+
+                @pl.when(before == count - 1)
+                def _():
+                    _merge_items(
+                        problem,
+                        parts_ref,
+                        lambda *at: [ref.at[at] for ref in statistics],
+                        out_ref,
+                        row,
+                        (first, count),
+                        head_tile,
+                        problem.heads_per_tile(tiling.rows),
+                    )
+
+    out, *_ = pl.pallas_call(
         kernel,
-        out_shape=(heads, heads, outputs),
+        out_shape=outputs,
         grid=grid,
         compiler_params=_params(tiling),
+        input_output_aliases={len(read): 1} if out is None else {len(read): 1, len(read) + 1: 0},
         interpret=problem.interpret,
         name="ragged_paged_attention_decode",
-    )(items, page_table, q, cache, *per_head)
+    )(*read, *changed)
+    return out
 
 
-def _of_single_tokens(problem, sizes, device_kind, page_table, q, cache, rows, per_head):
-    """Attention of the rows of one token, cut into items.
+def _merge_items(problem, parts_ref, statistics_of, out_ref, row, span, head_tile, num_heads):
+    """Combine the items of a row, in their order, for a tile of `num_heads` heads of a kv head.
 
-    Returns each row's first item and number of them, i32[R, 2]; then what `_merge` takes.
+    statistics_of: views of the maxima and sums, given items and heads. span: first item, how many.
     """
+    first, count = span
+    each = max(1, _TO_MERGE // (num_heads * pl.next_power_of_2(problem.v_head_dim)))
+    _, heads, is_head = _heads(problem, each * num_heads, head_tile, num_heads)
+    index = jnp.arange(each * num_heads, dtype=jnp.int32)
+
+    def of_item(x):
+        return x.reshape(each, num_heads, *x.shape[1:])
+
+    def trip(block, state):
+        old_best, old_total, old_outs = state
+        within = block * each + lax.div(index, num_heads)
+        exists = is_head & (within < count)
+        items = jnp.where(exists, first + within, 0)
+        at = items, jnp.where(exists, heads, 0)
+        # Volatile: other programs wrote these, so that no other cache than the shared one will do.
+        maxima, sums = (
+            of_item(plt.load(view, mask=exists, other=other, volatile=True))
+            for view, other in zip(statistics_of(*at), (_MASKED, 0.0), strict=True)
+        )
+        best = jnp.maximum(old_best, maxima.max(0))
+        fade, grow = jnp.exp2(old_best - best), jnp.exp2(maxima - best)
+        grow = jnp.where(of_item(exists), grow, 0.0)
+        outs = []
+        for piece, old in zip(problem.v_pieces, old_outs, strict=True):
+            view, columns = _columns(parts_ref, at, piece, 0)
+            mask = block_mask((each * num_heads, piece.size), exists, columns)
+            part = of_item(plt.load(view, mask=mask, other=0.0, volatile=True))
+            outs.append(old * fade[:, None] + (part * grow[..., None]).sum(0))
+        return best, old_total * fade + (sums * grow).sum(0), outs
+
+    state = (
+        jnp.full(num_heads, _MASKED),
+        jnp.zeros(num_heads, jnp.float32),
+        [jnp.zeros((num_heads, piece.size), jnp.float32) for piece in problem.v_pieces],
+    )
+    _, total, outs = lax.fori_loop(0, _ceil_div(count, each), trip, state)
+    _, heads, is_head = _heads(problem, num_heads, head_tile, num_heads)
+    _store_mean(problem, out_ref, row, heads, is_head, total, outs)
+
+
+def _store_mean(problem, out_ref, row, heads, is_head, total, outs):
+    """Write sums of weighted values over the sum of the weights; zero where there are none."""
+    total = jnp.where(total == 0.0, 1.0, total)
+    at = jnp.full(heads.shape, row), heads
+    for piece, out in zip(problem.v_pieces, outs, strict=True):
+        _store(out_ref, at, piece, out / total[:, None], is_head)
+
+
+def _of_single_tokens(problem, sizes, device_kind, page_table, q, cache, rows, per_head, out):
+    """Attention of the rows of one token; the others' tokens in `out` stay, or are zero without."""
     sizes = sizes or decode_tiling(problem, device_kind)
+    num_tokens, num_rows = q.shape[0], min(q.shape[0], page_table.shape[0])
     if isinstance(sizes, hopper_decode.DecodeConfig):
-        return _hopper_decode(problem, sizes, page_table, q, cache, rows)
-    items, spans = decode_items(problem, sizes, *rows)
-    return spans, *_decode(problem, sizes, items, page_table, q, cache, per_head)
+        done = _hopper_decode(problem, sizes, page_table, q, cache, rows, out)
+    else:
+        items = decode_items(problem, sizes, *rows, num_cleared=num_rows if out is None else 0)
+        done = _decode(problem, sizes, items, page_table, q, cache, per_head, out)
+    return jnp.pad(done, ((0, num_tokens - done.shape[0]), (0, 0), (0, 0)))
 
 
-def _hopper_decode(problem, config, page_table, q, cache, rows):
-    """As `_of_single_tokens`, by the kernel for Hopper GPUs: maxima and sums lie behind outputs."""
+def _hopper_decode(problem, config, page_table, q, cache, rows, out):
+    """As `_decode`, by the kernel for Hopper GPUs; its items are merged by a second kernel."""
     _refuse_on_hopper(problem)
     kv_lens, _, distribution = rows
     items = hopper_decode.make_items(
@@ -479,7 +577,7 @@ def _hopper_decode(problem, config, page_table, q, cache, rows):
         window=problem.window,
         config=config,
     )
-    outs = hopper_decode.decode(
+    parts = hopper_decode.decode(
         q,
         cache,
         items,
@@ -489,72 +587,32 @@ def _hopper_decode(problem, config, page_table, q, cache, rows):
         softcap=problem.softcap,
         config=config,
     )
-    return items.spans, None, None, outs
-
-
-def _merge(problem, spans, best, total, outs, q, out):
-    """Combine the items of each row with one token; the others' tokens in `out` stay.
-
-    best, total: None where they lie behind `outs`. Without `out`, tokens of other rows are zero.
-    """
-    num_tokens, num_rows = q.shape[0], min(q.shape[0], spans.shape[0])
-    num_items = outs.shape[0]
     keep = out is not None
-    operands = [outs] if best is None else [outs, best, total]
+    num_rows = min(q.shape[0], page_table.shape[0])
+    shape = out.shape if keep else (num_rows, problem.num_heads, problem.v_head_dim)
+    num_heads = problem.heads_per_tile(_SMALLEST)
 
-    def statistics(refs, items, head):
-        """Views of the maxima and sums of a head's items."""
-        if best is not None:
-            return [ref.at[items, head] for ref in refs[1:]]
-        first, size = problem.v_head_dim, hopper_decode.STATISTICS
-        return [refs[0].at[items, head, column] for column in (first, first + size // 2)]
+    def kernel(spans_ref, parts_ref, *refs):
+        head_tile, row = pl.program_id(0), pl.program_id(1)
+        span = spans_ref[row, 0], spans_ref[row, 1]
 
-    def kernel(spans_ref, *refs):
-        out_ref = refs[-1]
-        head, row = pl.program_id(0), pl.program_id(1)
-        first, count = spans_ref[row, 0], spans_ref[row, 1]
+        def statistics(items, heads):  # They lie behind the outputs.
+            first, size = problem.v_head_dim, hopper_decode.STATISTICS
+            return [parts_ref.at[items, heads, column] for column in (first, first + size // 2)]
 
-        def trip(index, state):
-            old_best, old_total, old = state
-            within = index * _ITEMS + jnp.arange(_ITEMS, dtype=jnp.int32)
-            exists = within < count
-            items = jnp.minimum(first + within, num_items - 1)
-            maxima, sums = statistics(refs[: len(operands)], items, head)
-            peaks = plt.load(maxima, mask=exists, other=_MASKED)
-            parts = plt.load(sums, mask=exists, other=0.0)
-            new_best = jnp.maximum(old_best, peaks.max())
-            fade, grow = jnp.exp2(old_best - new_best), jnp.exp2(peaks - new_best)
-            grow = jnp.where(exists, grow, 0.0)
-            heads = jnp.full(_ITEMS, head)
-            values = [
-                _load(refs[0], (items, heads), piece, 0, exists) for piece in problem.v_pieces
-            ]
-            merged = [
-                x * fade + (y * grow[:, None]).sum(0) for x, y in zip(old, values, strict=True)
-            ]
-            return new_best, old_total * fade + (parts * grow).sum(), merged
-
-        @pl.when((count > 0) | (not keep))
+        @pl.when((span[1] > 0) | (not keep))
         def _():
-            empty = [jnp.zeros(piece.size, jnp.float32) for piece in problem.v_pieces]
-            state = jnp.float32(_MASKED), jnp.float32(0.0), empty
-            _, weight, merged = lax.fori_loop(0, _ceil_div(count, _ITEMS), trip, state)
-            weight = jnp.where(weight == 0.0, 1.0, weight)
-            for piece, part in zip(problem.v_pieces, merged, strict=True):
-                at = jnp.full(1, row), jnp.full(1, head)
-                _store(out_ref, at, piece, (part / weight)[None], None)
+            _merge_items(problem, parts_ref, statistics, refs[-1], row, span, head_tile, num_heads)
 
-    shape = (num_tokens if keep else num_rows, problem.num_heads, problem.v_head_dim)
-    merged = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
-        grid=(problem.num_heads, num_rows),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        input_output_aliases={1 + len(operands): 0} if keep else {},
+        grid=(problem.num_kv_heads * problem.head_tiles(_SMALLEST), num_rows),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        input_output_aliases={2: 0} if keep else {},
         interpret=problem.interpret,
         name="ragged_paged_attention_merge",
-    )(spans, *operands, *([out] if keep else []))
-    return jnp.pad(merged, ((0, num_tokens - shape[0]), (0, 0), (0, 0)))
+    )(items.spans, parts, *([out] if keep else []))
 
 
 def _prefill(problem, tiling, tiles, page_table, q, cache, per_head):
