@@ -537,7 +537,10 @@ def _kernel(
             def first_scores(scores):
                 slot = lax.rem(done, stages)
                 plgpu.barrier_wait(keys_ready.at[slot])
-                return finish_scores(start_scores(scores, slot), slot, 0)
+                scores = start_scores(scores, slot)
+                if query_stages > 1:
+                    pl.when(index > 0)(lambda: finish_store(index - 1))
+                return finish_scores(scores, slot, 0)
 
             s = pl.run_scoped(first_scores, scores_type)
             p, m, total = weigh(s, m, total, 0)[:3]
@@ -586,7 +589,13 @@ def _kernel(
             plgpu.barrier_arrive(values_free.at[slot])
             o = rescaled(o, 1.0 / total.sum(axis=1)).astype(dtype)
             store(o, query, first_head, token, low, high)
-            plgpu.barrier_arrive(query_free.at[query_slot])
+            if query_stages == 1:
+                finish_store(index)
+
+        def finish_store(index):
+            """Let the queries' memory go, which outputs are stored from."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(query_free.at[lax.rem(index, query_stages)])
 
         def clean(values, count):
             """Zero the values from `count` on: what nobody wrote may be NaN, and 0 * NaN is NaN."""
@@ -635,7 +644,6 @@ def _kernel(
                         query.at[pl.ds(i * chunk, chunk)],
                         out_ref.at[pl.ds(first, chunk), columns],
                     )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(jnp.logical_not(whole))
             def _():
@@ -663,7 +671,9 @@ def _kernel(
             def _():
                 plgpu.barrier_arrive(turn.at[0])
 
-        for_each_item(item)
+        num_items, _ = for_each_item(item)
+        if query_stages > 1:
+            pl.when(num_items > 0)(lambda: finish_store(num_items - 1))
 
         if config.take_turns:
 
