@@ -483,20 +483,29 @@ def _kernel(
                 plgpu.barrier_arrive(keys_free.at[slot])
                 return s
 
-            def weigh(s, m, total, number, masked):
+            # Blocks [free, masked) are seen whole by every query of the tile.
+            free = 0
+            masked = lax.div(jnp.maximum(position + low + 1 - key, 0), block_kv)
+            if window is not None:
+                hidden = jnp.maximum(position + high - window - key, 0)
+                free = lax.div(hidden + block_kv - 1, block_kv)
+
+            def weigh(s, m, total, number):
                 if softcap is not None:
                     s = jnp.tanh(s * (scale / softcap))
-                if masked:
-                    base = key + number * block_kv
+
+                def mask(s):
                     queries, keys = layouts.iota(s.shape, 0), layouts.iota(s.shape, 1)
                     if chunks > 1:
                         queries = queries & (chunk - 1)
-                    distance = queries - keys + (position + first_row - base)
-                    visible = distance >= 0
+                    last = queries + (position + first_row - key - number * block_kv)
+                    visible = keys <= last
                     if window is not None:
-                        visible &= distance < window
-                    s = jnp.where(visible, s, -jnp.inf)
-                return softmax(s, m, total, log2_scale)
+                        visible &= keys > last - window
+                    return jnp.where(visible, s, -jnp.inf)
+
+                partly = (number < free) | (number >= masked)
+                return softmax(lax.cond(partly, mask, lambda s: s, s), m, total, log2_scale)
 
             def take_turn():
                 if config.take_turns:
@@ -528,14 +537,17 @@ def _kernel(
             def first_scores(scores):
                 slot = lax.rem(done, stages)
                 plgpu.barrier_wait(keys_ready.at[slot])
-                return finish_scores(start_scores(scores, slot), slot, 0)
+                scores = start_scores(scores, slot)
+                if query_stages > 1:
+                    pl.when(index > 0)(lambda: finish_store(index - 1))
+                return finish_scores(scores, slot, 0)
 
             s = pl.run_scoped(first_scores, scores_type)
-            p, m, total = weigh(s, m, total, 0, True)[:3]
+            p, m, total = weigh(s, m, total, 0)[:3]
             p = p.astype(dtype)
             await_keys(1)
 
-            def block(number, carry, masked):
+            def block(number, carry):
                 o, m, total, p = carry
 
                 def products(scores, out):
@@ -549,7 +561,7 @@ def _kernel(
                     out = start_product(out, o, p, values_smem.at[slot])
                     end_turn()
                     s = finish_scores(scores, key_slot, 1)
-                    new_p, new_m, new_total, alpha = in_order(weigh(s, m, total, number, masked))
+                    new_p, new_m, new_total, alpha = in_order(weigh(s, m, total, number))
                     # A branch: without one ptxas moves the softmax behind the wait below.
                     await_keys(number + 1)
                     # The product reads p until it is awaited, so the next p starts after that.
@@ -559,19 +571,7 @@ def _kernel(
 
                 return pl.run_scoped(products, scores_type, out_type)
 
-            # Blocks [free, masked) are seen whole by every query of the tile.
-            masked = lax.div(jnp.maximum(position + low + 1 - key, 0), block_kv)
-            free = jnp.int32(1)
-            carry = (o, m, total, p)
-            if window is not None:
-                hidden = jnp.maximum(position + high - window - key, 0)
-                free = jnp.clip(lax.div(hidden + block_kv - 1, block_kv), 1, blocks)
-                with_mask = functools.partial(block, masked=True)
-                carry = lax.fori_loop(1, free, with_mask, carry)
-            masked = jnp.clip(masked, free, blocks)
-            carry = lax.fori_loop(free, masked, functools.partial(block, masked=False), carry)
-            carry = lax.fori_loop(masked, blocks, functools.partial(block, masked=True), carry)
-            o, m, total, p = carry
+            o, m, total, p = lax.fori_loop(1, blocks, block, (o, m, total, p))
 
             slot = lax.rem(done + blocks - 1, stages)
             values = values_smem.at[slot]
@@ -589,7 +589,13 @@ def _kernel(
             plgpu.barrier_arrive(values_free.at[slot])
             o = rescaled(o, 1.0 / total.sum(axis=1)).astype(dtype)
             store(o, query, first_head, token, low, high)
-            plgpu.barrier_arrive(query_free.at[query_slot])
+            if query_stages == 1:
+                finish_store(index)
+
+        def finish_store(index):
+            """Let the queries' memory go, which outputs are stored from."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(query_free.at[lax.rem(index, query_stages)])
 
         def clean(values, count):
             """Zero the values from `count` on: what nobody wrote may be NaN, and 0 * NaN is NaN."""
@@ -638,7 +644,6 @@ def _kernel(
                         query.at[pl.ds(i * chunk, chunk)],
                         out_ref.at[pl.ds(first, chunk), columns],
                     )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(jnp.logical_not(whole))
             def _():
@@ -666,7 +671,9 @@ def _kernel(
             def _():
                 plgpu.barrier_arrive(turn.at[0])
 
-        for_each_item(item)
+        num_items, _ = for_each_item(item)
+        if query_stages > 1:
+            pl.when(num_items > 0)(lambda: finish_store(num_items - 1))
 
         if config.take_turns:
 
