@@ -7,6 +7,7 @@ keys is started before the one of the last block's values, and while one warpgro
 the other multiplies.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ class PrefillConfig:
     query_stages: tiles of queries in shared memory; 2 fetches the next while one is computed.
     take_turns: whether the two compute warpgroups alternate between products and softmax.
     num_programs: thread blocks, each taking tiles in turn; None starts one for every tile.
+    cluster: thread blocks that take tiles of the same tokens and kv head together, each copying
+        its share of the keys and values to all of them.
     compute_registers, copy_registers: per thread of each kind of warpgroup, multiples of 8.
     """
 
@@ -55,6 +58,7 @@ class PrefillConfig:
     query_stages: int = 2
     take_turns: bool = False
     num_programs: int | None = 132
+    cluster: int = 1
     compute_registers: int = 240
     copy_registers: int = 24
 
@@ -77,9 +81,10 @@ class PrefillConfig:
 def default_config(head_dim: int, group: int) -> PrefillConfig:
     """Parameters for a head dim and a number of query heads per kv head."""
     heads_per_tile = 2 if group % 2 == 0 else 1
+    cluster = 2 if group % (2 * heads_per_tile) == 0 else 1
     if head_dim <= 128:
-        return PrefillConfig(heads_per_tile)
-    return PrefillConfig(heads_per_tile, block_kv=64, query_stages=1)
+        return PrefillConfig(heads_per_tile, cluster=cluster)
+    return PrefillConfig(heads_per_tile, block_kv=64, query_stages=1, cluster=cluster)
 
 
 class Tiles(NamedTuple):
@@ -170,6 +175,8 @@ def prefill(
     group = num_heads // num_kv_heads
     if config is None:
         config = default_config(head_dim, group)
+    if interpret is not None:  # The interpreter has no clusters.
+        config = dataclasses.replace(config, cluster=1)
     _check(q, cache, scale, config)
 
     unit = min(page_size, config.block_kv)
@@ -187,9 +194,9 @@ def prefill(
     # array, as the metadata may be, where it lies. So everything passed on is computed here; the
     # maximum sees to it that there is something to compute.
     first_heads = jnp.maximum(page_table, 0) * num_kv_heads
-    tile_heads = num_heads // config.heads_per_tile
-    most_items = tiles.fields.shape[0] * tile_heads
-    num_programs = min(config.num_programs or most_items, most_items)
+    most_items = tiles.fields.shape[0] * num_heads // (config.heads_per_tile * config.cluster)
+    wanted = most_items if config.num_programs is None else config.num_programs // config.cluster
+    num_programs = min(wanted, most_items)
 
     transforms = swizzled(q.dtype)
     keys = (config.stages, config.block_kv, head_dim)
@@ -199,12 +206,14 @@ def prefill(
         "query_ready": (max(config.heads_per_tile, _COMPUTE_WARPGROUPS), config.query_stages),
         "query_free": (_COMPUTE_WARPGROUPS, config.query_stages),
         "keys_ready": (copies, config.stages),
-        "keys_free": (_COMPUTE_WARPGROUPS, config.stages),
         "values_ready": (copies, config.stages),
-        "values_free": (_COMPUTE_WARPGROUPS, config.stages),
         "turn": (1, _COMPUTE_WARPGROUPS),
         "cleaned": (_COMPUTE_WARPGROUPS, 1),
     }
+    free, clusters = plgpu.Barrier, {}
+    if config.cluster > 1:
+        free = functools.partial(plgpu.ClusterBarrier, collective_axes=("share",))
+        clusters = {"cluster": (config.cluster,), "cluster_names": ("share",)}
     kernel = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -230,6 +239,10 @@ def prefill(
                 name: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
                 for name, (arrivals, count) in barriers.items()
             },
+            **{
+                name: free(num_arrivals=_COMPUTE_WARPGROUPS, num_barriers=config.stages)
+                for name in ("keys_free", "values_free")
+            },
         },
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -238,6 +251,7 @@ def prefill(
         ),
         grid=(num_programs,),
         grid_names=("program",),
+        **clusters,
         num_threads=_COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         **({} if interpret is None else {"interpret": interpret}),
@@ -270,6 +284,9 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: PrefillConfig) 
             ),
             f"{num_tokens} tokens, no multiple of {ALIGNMENT} or fewer than {config.tile_tokens}": (
                 num_tokens % ALIGNMENT != 0 or num_tokens < config.tile_tokens
+            ),
+            f"{group} query heads per kv head in clusters of {config.cluster}": (
+                group % (config.heads_per_tile * config.cluster) != 0
             ),
             f"{registers} registers": registers > _REGISTERS,
         },
@@ -309,12 +326,15 @@ def _kernel(
     page_size = cache_ref.shape[1]
     num_heads = q_ref.shape[1] // head_dim
     group = num_heads // num_kv_heads
-    tile_heads = num_heads // config.heads_per_tile
+    item_heads = config.heads_per_tile * config.cluster
+    tile_items = num_heads // item_heads
     unit = min(page_size, block_kv)
     dtype = q_ref.dtype
     chunk = config.copy_tokens
     chunks = ROWS // chunk  # Heads of one warpgroup.
     program = lax.axis_index("program")
+    share_axis = "share" if config.cluster > 1 else None
+    share_heads = lax.axis_index("share") * config.heads_per_tile if share_axis else 0
     warpgroup = lax.axis_index("warpgroup")
 
     layouts = Layouts(interpret)
@@ -328,7 +348,7 @@ def _kernel(
 
         Returns how many items and blocks there were.
         """
-        items = count_ref[0] * tile_heads
+        items = count_ref[0] * tile_items
         rounds, rest = lax.div(items, num_programs), lax.rem(items, num_programs)
 
         def place(index):  # To and fro, so that no program always gets the heaviest.
@@ -336,8 +356,8 @@ def _kernel(
 
         def step(index, done):
             item = index * num_programs + place(index)
-            tile = lax.div(item, tile_heads)
-            body(index, tile, lax.rem(item, tile_heads) * config.heads_per_tile, done)
+            tile = lax.div(item, tile_items)
+            body(index, tile, lax.rem(item, tile_items) * item_heads + share_heads, done)
             return done + fields_ref[tile, _BLOCKS]
 
         rounds += (place(rounds) < rest).astype(jnp.int32)
@@ -390,6 +410,7 @@ def _kernel(
                             cache_ref.at[page, pl.ds(offset, unit), pl.ds(first, head_dim)],
                             smem.at[slot, pl.ds(i * unit, unit)],
                             ready.at[slot],
+                            collective_axes=share_axis,
                         )
                 return next_pages
 
