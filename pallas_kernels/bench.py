@@ -13,12 +13,17 @@ from functools import partial
 
 import jax
 
+from pallas_kernels.gated_matmul import bench as gated_matmul
 from pallas_kernels.gpu_timing import all_at_once, copy_bytes_per_s, matmul_flops_per_s
 from pallas_kernels.grouped_matmul import bench as grouped_matmul
 from pallas_kernels.ragged_paged_attention import bench as ragged_paged_attention
 from pallas_kernels.ragged_paged_attention import gpu_bench
 
-OPS = {"ragged_paged_attention": ragged_paged_attention, "grouped_matmul": grouped_matmul}
+OPS = {
+    "ragged_paged_attention": ragged_paged_attention,
+    "grouped_matmul": grouped_matmul,
+    "gated_matmul": gated_matmul,
+}
 
 
 def gpu_attention_records(match: str):

@@ -26,6 +26,13 @@ def is_hopper(device_kind: str | None) -> bool:
     return device_kind is not None and re.match(r"NVIDIA G?H\d", device_kind) is not None
 
 
+def multiprocessors(device_kind: str) -> int:
+    """Of a Hopper GPU: so many thread blocks run at once, where one fills a multiprocessor."""
+    if re.match(r"NVIDIA H20\b", device_kind):
+        return 78
+    return 114 if "PCIe" in device_kind else 132
+
+
 def shape_key(**sizes: object) -> str:
     """The key of a shape, its sizes in the order given: "head_dim=128 group=4"."""
     return " ".join(f"{name}={size}" for name, size in sizes.items())

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tuning import is_hopper
+from pallas_kernels.tuning import is_hopper, multiprocessors
 
 _WARPGROUPS = 2  # That multiply.
 _ROWS = 64  # Of a warpgroup: the height of Hopper's matrix instruction.
@@ -68,7 +68,8 @@ def gated_matmul(
 
     Raises NotImplementedError for what it does not do.
     """
-    tiling = tiling or Tiling()
+    if tiling is None:
+        tiling = Tiling(programs=multiprocessors(device_kind or ""))
     _check(x, w, combine, device_kind, tiling)
     transforms = (plgpu.TilingTransform((8, _INNER)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
     blocks = {

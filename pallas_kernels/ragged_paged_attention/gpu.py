@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -37,7 +37,7 @@ from pallas_kernels.ragged_paged_attention.layout import (
     token_rows,
 )
 from pallas_kernels.triton_blocks import block_mask, load_block
-from pallas_kernels.tuning import is_hopper, shape_key, tuned
+from pallas_kernels.tuning import is_hopper, multiprocessors, shape_key, tuned
 
 DECODE, PREFILL = "ragged_paged_attention.decode", "ragged_paged_attention.prefill"
 HOPPER_PREFILL = "ragged_paged_attention.hopper_prefill"
@@ -162,12 +162,15 @@ def prefill_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
 
 def hopper_config(problem: Problem, device_kind: str | None) -> hopper.PrefillConfig | None:
     """Sizes of the kernel for Hopper GPUs; None where the device is none, or unknown."""
-    if not is_hopper(device_kind) or problem.interpret:
+    if device_kind is None or not is_hopper(device_kind) or problem.interpret:
         return None
     measured = tuned(device_kind, HOPPER_PREFILL, tuning_key(problem))
+    config = hopper.default_config(problem.head_dim, problem.group)
     if measured is not None:
-        return hopper.PrefillConfig(**measured)
-    return hopper.default_config(problem.head_dim, problem.group)
+        config = hopper.PrefillConfig(**measured)
+    if config.num_programs is None:
+        return config
+    return replace(config, num_programs=min(config.num_programs, multiprocessors(device_kind)))
 
 
 def tuning_key(problem: Problem) -> str:

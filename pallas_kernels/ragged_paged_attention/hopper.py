@@ -4,7 +4,8 @@ The schedule is that of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), a
 one warpgroup copies pages into a ring of key and value blocks with the tensor memory accelerator,
 each of its warps a part of them, two others compute, each on 64 queries. The product of a block's
 keys is started before the one of the last block's values, and while one warpgroup is in its softmax
-the other multiplies.
+the other multiplies. Two thread blocks (a cluster) take neighbouring heads of the same kv head;
+each copies half of its keys and values into the shared memory of both.
 """
 
 import dataclasses

@@ -74,6 +74,21 @@ def test_a_tuned_shape_gets_its_sizes_and_any_other_the_default() -> None:
     assert gpu.decode_tiling(other, "NVIDIA H100 80GB HBM3") == gpu.decode_tiling(other)
 
 
+@pytest.mark.parametrize(
+    ("device_kind", "count"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132),
+        ("NVIDIA H100 PCIe", 114),
+        ("NVIDIA H200", 132),
+        ("NVIDIA H20", 78),
+        ("NVIDIA GH200 480GB", 132),
+    ],
+)
+def test_a_program_for_every_multiprocessor(device_kind: str, count: int) -> None:
+    config = gpu.hopper_config(LLAMA, device_kind)
+    assert config is not None and config.num_programs == count
+
+
 def test_the_best_sizes_are_best_over_all_cases() -> None:
     times = {"short": {"a": 1.0, "b": 1.1, "c": 0.9}, "long": {"a": 10.0, "b": 8.0}}
     assert best_of(times) == "b"
