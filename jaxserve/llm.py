@@ -36,6 +36,7 @@ from jaxserve.tokenizer import Tokenizer, load_chat_template
 T = TypeVar("T")
 
 Conversation = Sequence[Mapping[str, str]]
+Sampling = SamplingParams | Mapping[str, Any]
 Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -155,13 +156,13 @@ class LLM:
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
     ) -> list[Completion]:
         """Continue one or many prompts, all at once, and return one completion per prompt.
 
         Args:
             prompts: text or token ids, one or a list.
-            sampling_params: for all prompts, or one for each.
+            sampling_params: for all prompts, or one for each; a mapping of its fields will do.
 
         Raises:
             InvalidRequest: a prompt or parameter cannot be used; nothing was generated.
@@ -172,7 +173,7 @@ class LLM:
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
     ) -> list[Completion]:
         """Answer one conversation or many, as `generate` does.
 
@@ -189,14 +190,14 @@ class LLM:
     def stream(
         self,
         prompt: str | Sequence[int] | Conversation,
-        sampling_params: SamplingParams | None = None,
+        sampling_params: Sampling | None = None,
     ) -> Iterator[str]:
         """Yield the text that follows a prompt or answers a conversation, piece by piece.
 
         Leaving the loop early stops the request.
         """
         request = self._engine.submit(
-            self._encode(prompt), sampling_params or self.default_sampling, self._next_id()
+            self._encode(prompt), self._sampling(sampling_params), self._next_id()
         )
         stream = self._wait(request)
         try:
@@ -212,11 +213,11 @@ class LLM:
     async def agenerate(
         self,
         prompt: str | Sequence[int] | Conversation,
-        sampling_params: SamplingParams | None = None,
+        sampling_params: Sampling | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the outputs of one request in the caller's event loop; `text` is what is new."""
         outputs = self._engine.generate(
-            self._encode(prompt), sampling_params or self.default_sampling, self._next_id()
+            self._encode(prompt), self._sampling(sampling_params), self._next_id()
         )
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -307,13 +308,26 @@ class LLM:
     def _next_id(self) -> str:
         return f"llm-{next(self._ids)}"
 
+    def _sampling(self, given: Sampling | None) -> SamplingParams:
+        if given is None:
+            return self.default_sampling
+        if isinstance(given, Mapping):
+            return SamplingParams(**given)
+        if not isinstance(given, SamplingParams):
+            raise InvalidRequest(
+                f"sampling_params: found {given!r}; give SamplingParams or a mapping of its fields."
+            )
+        return given
+
     def _generate(
         self,
         prompts: Sequence[list[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: Sampling | Sequence[Sampling] | None,
     ) -> list[Completion]:
-        params = sampling_params or self.default_sampling
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if sampling_params is None or isinstance(sampling_params, (SamplingParams, Mapping)):
+            each = [self._sampling(sampling_params)] * len(prompts)
+        else:
+            each = [self._sampling(params) for params in sampling_params]
         if len(each) != len(prompts):
             raise InvalidRequest(
                 f"there are {len(prompts)} prompts, but {len(each)} sampling_params; "

@@ -40,7 +40,7 @@ def sizes(spec: DecoderSpec, dtype: np.dtype) -> Sizes:
 def describe(spec: DecoderSpec) -> list[str]:
     """Lines that show every part of a spec; equal consecutive layers are shown once."""
     lines = [
-        f"{field.name:<14}{as_text(getattr(spec, field.name))}"
+        f"{field.name:<13} {as_text(getattr(spec, field.name))}"
         for field in dataclasses.fields(spec)
         if field.name != "layers" and not _is_absent(getattr(spec, field.name))
     ]
@@ -51,8 +51,9 @@ def describe(spec: DecoderSpec) -> list[str]:
         span = f"layer {first}" if count == 1 else f"layers {first}-{last} ({count} equal)"
         lines += ["", span]
         lines += [
-            f"  {field.name:<12}{as_text(getattr(layer, field.name))}"
+            f"  {field.name:<11} {as_text(getattr(layer, field.name))}"
             for field in dataclasses.fields(layer)
+            if not _is_absent(getattr(layer, field.name))
         ]
         first = last + 1
     return lines

@@ -37,6 +37,10 @@ SPLIT: Mapping[str, MeshAxis] = {
 }
 
 
+class MeshError(ValueError):
+    """The mesh asked for cannot be made of the devices there are."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """A named dimension of a weight, in the checkpoint's own order and size."""
@@ -152,13 +156,13 @@ def make_mesh(
         ep_size: groups of them that keep different experts; inside a group each is split.
 
     Raises:
-        ValueError: fewer devices than asked for, or `ep_size` does not divide `tp_size`.
+        MeshError: fewer devices than asked for, or `ep_size` does not divide `tp_size`.
     """
     shape = _mesh_shape(dp_size, tp_size, ep_size)
     devices = jax.devices() if devices is None else devices
     count = dp_size * tp_size
     if len(devices) < count:
-        raise ValueError(
+        raise MeshError(
             f"--dp-size {dp_size} x --tp-size {tp_size} needs {count} devices, "
             f"{len(devices)} found ({devices[0].platform}). Lower them."
         )
@@ -172,7 +176,7 @@ def make_abstract_mesh(dp_size: int, tp_size: int, *, ep_size: int = 1) -> Abstr
 
 def _mesh_shape(dp_size: int, tp_size: int, ep_size: int) -> tuple[int, int, int]:
     if tp_size % ep_size:
-        raise ValueError(
+        raise MeshError(
             f"--ep-size {ep_size} does not divide --tp-size {tp_size}: the devices of one copy of "
             f"the model are shared out to groups of equal size, each with its own experts. "
             f"Change one of them."

@@ -143,7 +143,7 @@ class ChatMessage(Body):
 class _OpenAIBody(Body):
     """Fields that both OpenAI routes apply; None means "not given", as in OpenAI's API."""
 
-    model: str
+    model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -50,8 +50,7 @@ def reading_router(service: Service) -> APIRouter:
     @router.post("/v1/rerank")
     async def rerank(request: Request) -> Response:
         body = await read_body(request, RerankBody)
-        if body.model is not None:
-            service.check_model(body.model)
+        service.check_model(body.model)
         service.engine.check_task("score")
         return await answer(request, _rerank(service, body))
 
@@ -93,8 +92,7 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> JSONResponse:
 async def _read(service: Service, body: ReadBody, task: Task) -> JSONResponse:
     """Answer in SGLang's shape; what a text was read as is called its embedding there."""
     started_s = time.perf_counter()
-    if body.model is not None:
-        service.check_model(body.model)
+    service.check_model(body.model)
     service.engine.check_task(task)
     field, value = body.given
     rids = [rid or new_id("read") for rid in body.rids]

@@ -15,7 +15,7 @@ Conversation = Annotated[list[ChatMessage], pydantic.Field(min_length=1)]
 class EmbeddingBody(Body):
     """POST /v1/embeddings, as OpenAI has it. `dimensions` cuts vectors to their first entries."""
 
-    model: str
+    model: str | None = None
     input: str | list[str] | TokenIds | list[TokenIds]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Positive | None = None
@@ -78,7 +78,7 @@ class ReadBody(Body):
 class ScoreBody(Body):
     """POST /v1/score, as SGLang has it: each item is joined to the query and scored."""
 
-    model: str
+    model: str | None = None
     query: str | TokenIds
     items: str | list[str] | list[TokenIds]
     item_first: bool = False

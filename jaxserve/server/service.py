@@ -65,9 +65,9 @@ class Service:
     def default_sampling(self) -> Mapping[str, float | int]:
         return self.engine.tokenizer.default_sampling
 
-    def check_model(self, name: str) -> None:
-        """Raise APIError 404 unless `name` is the model that is served."""
-        if name != self.model_name:
+    def check_model(self, name: str | None) -> None:
+        """Raise APIError 404 unless `name` is the model that is served; None is that model."""
+        if name not in (None, self.model_name):
             raise APIError(
                 404,
                 f"the model {name!r} is not served here; the served one is {self.model_name!r}.",

@@ -109,6 +109,18 @@ def test_sampling_params_for_each_prompt(llm: LLM) -> None:
         llm.generate(["a", "b"], params[:1])
 
 
+def test_a_mapping_gives_sampling_params_too(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0)
+    same = {"max_tokens": 3, "temperature": 0}
+    assert llm.generate("Hello", same) == llm.generate("Hello", params)
+    assert llm.generate(["a", "b"], [same, params])[1] == llm.generate("b", params)[0]
+    assert "".join(llm.stream("Hello", same)) == llm.generate("Hello", params)[0].text
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        llm.generate("Hello", {"max_new_tokens": 3})
+    with pytest.raises(InvalidRequest, match="found 3"):
+        llm.generate(["Hello"], [3])  # type: ignore[list-item]
+
+
 def test_no_sampling_params_takes_the_checkpoints(llm: LLM) -> None:
     assert llm.default_sampling == SamplingParams(temperature=0.7)
     assert len(llm.generate("a")) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import transformers
 
 from jaxserve import cli, show
+from model_defs.decoder import DecoderSpec, Layer
 from model_defs.registry import Family, ModelRegistry, family_of, list_families
 
 ROOT = Path(cli.__file__).parents[1]
@@ -96,6 +98,15 @@ def test_what_cannot_be_served_is_one_error_line(
     assert cli.main(["show", str(config_only)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
+
+
+def test_names_stand_apart_from_values_and_what_is_not_there_is_left_out() -> None:
+    lines = show.description(CONFIG)
+    assert not any(line.endswith(("None", "False")) for line in lines)
+    names = [field.name for field in (*fields(DecoderSpec), *fields(Layer))]
+    for line in lines:
+        first = line.split()[:1]
+        assert first == [] or first[0] in names or not line.lstrip().startswith(tuple(names)), line
 
 
 def test_long_tuples_are_cut() -> None:

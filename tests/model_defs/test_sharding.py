@@ -14,6 +14,7 @@ from model_defs.llama import TINY
 from model_defs.registry import get_family
 from model_defs.sharding import (
     Axis,
+    MeshError,
     ShardingRules,
     head_layout,
     make_abstract_mesh,
@@ -87,12 +88,12 @@ def test_only_experts_notice_the_expert_groups(ep_size: int) -> None:
 
 
 def test_expert_groups_must_divide_the_devices() -> None:
-    with pytest.raises(ValueError, match=r"--ep-size 3 does not divide --tp-size 4"):
+    with pytest.raises(MeshError, match=r"--ep-size 3 does not divide --tp-size 4"):
         make_mesh(1, 4, jax.devices("cpu"), ep_size=3)
 
 
 def test_too_few_devices_are_reported_with_the_flags() -> None:
-    with pytest.raises(ValueError, match=r"--dp-size 4 x --tp-size 8 needs 32 devices, 8 found"):
+    with pytest.raises(MeshError, match=r"--dp-size 4 x --tp-size 8 needs 32 devices, 8 found"):
         make_mesh(4, 8, jax.devices("cpu"))
 
 

@@ -37,6 +37,17 @@ async def test_models_lists_the_served_name(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/models/tiny")).json() == card
 
 
+@pytest.mark.parametrize("model", [{}, {"model": None}])
+async def test_a_request_that_names_no_model_gets_the_one_served(
+    client: httpx.AsyncClient, model: dict[str, None]
+) -> None:
+    for route, body in (("completions", COMPLETION), ("chat/completions", CHAT)):
+        rest = {key: value for key, value in body.items() if key != "model"}
+        answer = await client.post(f"/v1/{route}", json={**rest, **model})
+        assert answer.status_code == 200
+        assert answer.json()["model"] == "tiny"
+
+
 async def test_chat_answers(client: httpx.AsyncClient) -> None:
     answer = (await client.post("/v1/chat/completions", json=CHAT)).json()
     assert answer["object"] == "chat.completion"
