@@ -291,15 +291,12 @@ class Decoder(nnx.Module):
 
     def _by_rank(self, read, hidden: Array, index: Array) -> Array:
         """`read(hidden, index)` on each rank's part of both."""
-        if self.rules.mesh.size == 1:
-            return read(hidden, index)
-        return jax.shard_map(
+        call = self.rules.per_device(
             read,
-            mesh=self.rules.mesh,
             in_specs=(self.rules.spec("tokens", None), PartitionSpec(DATA)),
             out_specs=self.rules.spec("rows", None),
-            check_vma=False,
-        )(hidden, index)
+        )
+        return call(hidden, index)
 
     @property
     def num_parameters(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,17 @@ class ShardingRules:
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def per_device(self, call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable:
+        """`call` on each device's part of its arguments, inside a jitted function.
+
+        On one device that is `call` itself.
+        """
+        if self.mesh.size == 1:
+            return call
+        return jax.shard_map(
+            call, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
     @property
     def device_kind(self) -> str | None:

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 
 from pallas_kernels.gated_matmul import bench as gated_matmul
-from pallas_kernels.gpu_timing import all_at_once, copy_bytes_per_s, matmul_flops_per_s
+from pallas_kernels.gpu_timing import Card, all_at_once
 from pallas_kernels.grouped_matmul import bench as grouped_matmul
 from pallas_kernels.ragged_paged_attention import bench as ragged_paged_attention
 from pallas_kernels.ragged_paged_attention import gpu_bench
@@ -28,29 +28,20 @@ OPS = {
 
 def gpu_attention_records(match: str):
     """Yield the JSON record of each case whose name contains `match`."""
-    device = jax.devices()[0]
-    bytes_ceiling, flops_ceiling = copy_bytes_per_s(), matmul_flops_per_s()
+    card = Card.measured()
     cases = [case for case in gpu_bench.CASES if match in case.name]
-    compilers = [
-        partial(gpu_bench.case_timer, case, device_kind=device.device_kind) for case in cases
-    ]
+    compilers = [partial(gpu_bench.case_timer, case, device_kind=card.kind) for case in cases]
     for case, timer in zip(cases, all_at_once(compilers), strict=True):
         seconds = timer.result()()
-        record = {
+        head = {
             "op": "ragged_paged_attention",
             "case": case.name,
             "page_size": case.page_size,
-            "us": round(1e6 * seconds, 1),
             "fa3_us": case.fa3_us,
             "fa3_ratio": None if case.fa3_us is None else round(case.fa3_us / seconds / 1e6, 3),
         }
-        if case.is_decode:
-            record["tb_per_s"] = round(case.kv_bytes / seconds / 1e12, 3)
-            record["share_of_copy"] = round(case.kv_bytes / seconds / bytes_ceiling, 3)
-        else:
-            record["tflop_per_s"] = round(case.flops / seconds / 1e12, 1)
-            record["share_of_matmul"] = round(case.flops / seconds / flops_ceiling, 3)
-        yield {**record, "device": device.device_kind, "jax": jax.__version__}
+        work = {"num_bytes": case.kv_bytes} if case.is_decode else {"flops": case.flops}
+        yield card.record(head, seconds, **work)
 
 
 def main() -> None:

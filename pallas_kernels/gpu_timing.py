@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -98,3 +99,40 @@ def matmul_flops_per_s(size: int = 8192) -> float:
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda x: x @ x)
     return 2 * size**3 / median_s(lambda: product(x))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU and what it can do at most, for the records of benches.
+
+    kind: as JAX names it. bytes_per_s, flops_per_s: of a copy and of a large matrix product.
+    """
+
+    kind: str
+    bytes_per_s: float
+    flops_per_s: float
+
+    @classmethod
+    def measured(cls) -> Card:
+        """The first device, with its ceilings as measured now."""
+        return cls(jax.devices()[0].device_kind, copy_bytes_per_s(), matmul_flops_per_s())
+
+    def record(
+        self,
+        head: Mapping[str, Any],
+        seconds: float,
+        *,
+        num_bytes: int | None = None,
+        flops: int | None = None,
+    ) -> dict[str, Any]:
+        """One call's time, rates and shares of the ceilings, behind `head`."""
+        record = {**head, "us": round(1e6 * seconds, 1)}
+        if num_bytes is not None:
+            rate = num_bytes / seconds
+            record["tb_per_s"] = round(rate / 1e12, 3)
+            record["share_of_copy"] = round(rate / self.bytes_per_s, 3)
+        if flops is not None:
+            rate = flops / seconds
+            record["tflop_per_s"] = round(rate / 1e12, 1)
+            record["share_of_matmul"] = round(rate / self.flops_per_s, 3)
+        return {**record, "device": self.kind, "jax": jax.__version__}

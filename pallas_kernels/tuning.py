@@ -26,8 +26,10 @@ def is_hopper(device_kind: str | None) -> bool:
     return device_kind is not None and re.match(r"NVIDIA G?H\d", device_kind) is not None
 
 
-def multiprocessors(device_kind: str) -> int:
+def multiprocessors(device_kind: str | None) -> int:
     """Of a Hopper GPU: so many thread blocks run at once, where one fills a multiprocessor."""
+    if device_kind is None:
+        return 132
     if re.match(r"NVIDIA H20\b", device_kind):
         return 78
     return 114 if "PCIe" in device_kind else 132

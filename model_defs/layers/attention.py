@@ -207,18 +207,14 @@ class GQAModule(nnx.Module):
             decode_only=batch.attention.decode_only,
             device_kind=rules.device_kind,
         )
-        per_head, metadata = self._per_head(), _metadata(batch)
-        if rules.mesh.size == 1:
-            return attend(q, k, v, cache, *metadata, **per_head)
         by_rank, pages = PartitionSpec(DATA), rules.spec(*cache_axes())
         q_spec, kv_spec = rules.spec("tokens", "q_heads"), rules.spec("tokens", "kv_heads")
-        return jax.shard_map(
+        call = rules.per_device(
             lambda per_head, *args: attend(*args, **per_head),
-            mesh=rules.mesh,
             in_specs=(rules.spec("q_heads"), q_spec, kv_spec, kv_spec, pages, *[by_rank] * 4),
             out_specs=(q_spec, pages),
-            check_vma=False,
-        )(per_head, q, k, v, cache, *metadata)
+        )
+        return call(self._per_head(), q, k, v, cache, *_metadata(batch))
 
 
 def _metadata(batch: ForwardBatch):

@@ -165,17 +165,14 @@ class MLAModule(nnx.Module):
             device_kind=rules.device_kind,
         )
         metadata = rows.kv_lens, rows.page_table, rows.query_starts, rows.distribution
-        if rules.mesh.size == 1:
-            return attend(query, key, None, cache, *metadata)
         by_rank, pages = PartitionSpec(DATA), rules.spec(*cache_axes())
         q_spec = rules.spec("tokens", "q_heads")
-        return jax.shard_map(
+        call = rules.per_device(
             lambda query, key, cache, *metadata: attend(query, key, None, cache, *metadata),
-            mesh=rules.mesh,
             in_specs=(q_spec, rules.spec("tokens"), pages, *[by_rank] * 4),
             out_specs=(q_spec, pages),
-            check_vma=False,
-        )(query, key, cache, *metadata)
+        )
+        return call(query, key, cache, *metadata)
 
 
 def _place_heads(ctx: BuildContext, weight: Weight, part: slice, *, swap: bool = False) -> Placed:

@@ -89,17 +89,13 @@ class MLPModule(nnx.Module):
         if self.gate_up.bias is not None:
             return self.spec.combine(*self.gate_up(x))
         rules, weight = self.rules, self.gate_up.weight
-        call = partial(_gated, self.spec, device_kind=rules.device_kind)
-        if rules.mesh.size == 1:
-            return call(x, weight[...])
         axes = weight.get_metadata()["placed"].axes
-        return jax.shard_map(
-            call,
-            mesh=rules.mesh,
+        call = rules.per_device(
+            partial(_gated, self.spec, device_kind=rules.device_kind),
             in_specs=(rules.spec("tokens", None), rules.spec(*axes)),
             out_specs=rules.spec("tokens", axes[1]),
-            check_vma=False,
-        )(x, weight[...])
+        )
+        return call(x, weight[...])
 
 
 # Traced once per shape and spec, not once per layer: tracing is most of a warm start.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, deferred, dispatch
 from pallas_kernels.gated_matmul import reference
+from pallas_kernels.tuning import is_hopper
 
 __all__ = ["gated_matmul"]
 
@@ -44,8 +45,10 @@ def gated_matmul(
         )
     kernel = deferred("pallas_kernels.gated_matmul.hopper", "gated_matmul")
     kernel = partial(kernel, combine=combine, device_kind=device_kind)
+    # Elsewhere it would be imported to be refused, with Mosaic, at every start.
+    automatic = is_hopper(device_kind)
     implementations = (
-        Implementation("hopper", kernel, platforms=("cuda",)),
+        Implementation("hopper", kernel, platforms=("cuda",), automatic=automatic),
         Implementation("xla", partial(reference.gated_matmul, combine=combine)),
     )
     return dispatch("gated_matmul", implementations, x, w, implementation=implementation)

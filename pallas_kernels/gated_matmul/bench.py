@@ -17,7 +17,7 @@ import jax
 
 from pallas_kernels.gated_matmul.api import gated_matmul
 from pallas_kernels.gated_matmul.arg_specs import GPU_SPECS, ArgSpec
-from pallas_kernels.gpu_timing import all_at_once, compile_timer, matmul_flops_per_s
+from pallas_kernels.gpu_timing import Card, all_at_once, compile_timer
 
 IMPLEMENTATIONS = ("hopper", "xla")
 
@@ -39,22 +39,12 @@ def timer(spec: ArgSpec, implementation: str, device_kind: str) -> Callable[[], 
 
 def records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:
     """Yield the JSON record of each case whose name contains `match`, by implementation."""
-    device = jax.devices()[0]
-    ceiling = matmul_flops_per_s()
+    card = Card.measured()
     chosen = [(spec, name) for spec in GPU_SPECS if match in spec.name for name in implementations]
-    compilers = [partial(timer, spec, name, device.device_kind) for spec, name in chosen]
+    compilers = [partial(timer, spec, name, card.kind) for spec, name in chosen]
     for (spec, name), compiled in zip(chosen, all_at_once(compilers), strict=True):
-        seconds = compiled.result()()
-        yield {
-            "op": "gated_matmul",
-            "case": spec.name,
-            "implementation": name,
-            "us": round(1e6 * seconds, 1),
-            "tflop_per_s": round(spec.flops / seconds / 1e12, 1),
-            "share_of_matmul": round(spec.flops / seconds / ceiling, 3),
-            "device": device.device_kind,
-            "jax": jax.__version__,
-        }
+        head = {"op": "gated_matmul", "case": spec.name, "implementation": name}
+        yield card.record(head, compiled.result()(), flops=spec.flops)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,15 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper_blocks import ROWS, SWIZZLE_BYTES, refuse, swizzled
 from pallas_kernels.tuning import is_hopper, multiprocessors
 
 _WARPGROUPS = 2  # That multiply.
-_ROWS = 64  # Of a warpgroup: the height of Hopper's matrix instruction.
-_INNER = 64  # Of a block: 128 bytes, the width of a swizzled line of shared memory.
-_SWIZZLE_BYTES = 128
-_SHARED_MEMORY_BYTES = 227 * 1024
+_INNER = SWIZZLE_BYTES // 2  # Of a block: a swizzled line of shared memory, in 16 bits.
 _COMPUTE_REGISTERS, _COPY_REGISTERS = 240, 24  # A thread.
-TILE_ROWS = _WARPGROUPS * _ROWS
+TILE_ROWS = _WARPGROUPS * ROWS
 # What Mosaic lowers, of what activations are made of.
 _ARITHMETIC = {"add", "sub", "mul", "neg", "max", "min", "integer_pow", "convert_element_type"}
 _ELEMENTWISE = _ARITHMETIC | {"exp", "logistic", "tanh"}
@@ -69,13 +67,13 @@ def gated_matmul(
     Raises NotImplementedError for what it does not do.
     """
     if tiling is None:
-        tiling = Tiling(programs=multiprocessors(device_kind or ""))
+        tiling = Tiling(programs=multiprocessors(device_kind))
     _check(x, w, combine, device_kind, tiling)
-    transforms = (plgpu.TilingTransform((8, _INNER)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
+    transforms = swizzled(x.dtype)
     blocks = {
         "x_smem": (tiling.stages, TILE_ROWS, _INNER),
         "w_smem": (tiling.stages, 2, _INNER, tiling.columns),
-        "out_smem": (_WARPGROUPS, _ROWS, tiling.columns),
+        "out_smem": (_WARPGROUPS, ROWS, tiling.columns),
     }
     kernel = plgpu.kernel(
         functools.partial(_kernel, combine=combine, tiling=tiling, interpret=interpret is not None),
@@ -106,9 +104,9 @@ def _check(
 ) -> None:
     """Refuse what the kernel does not do."""
     (num_rows, inner), width = x.shape, w.shape[1] // 2
-    half = jax.ShapeDtypeStruct((_ROWS, tiling.columns), x.dtype)
+    half = jax.ShapeDtypeStruct((ROWS, tiling.columns), x.dtype)
     strange = _primitives(jax.make_jaxpr(combine)(half, half).jaxpr) - _ELEMENTWISE
-    columns, memory = tiling.columns, tiling.shared_memory_bytes
+    columns = tiling.columns
     refusals = {
         f"device {device_kind}, not a Hopper GPU": not is_hopper(device_kind),
         f"dtype {x.dtype}, not bfloat16 or float16": x.dtype not in (jnp.bfloat16, jnp.float16),
@@ -116,11 +114,8 @@ def _check(
         f"{inner} columns of x, no multiple of {_INNER}": inner == 0 or inner % _INNER != 0,
         f"halves of {width} columns, no multiple of {columns}": width == 0 or width % columns != 0,
         f"functions with {', '.join(sorted(strange))}": bool(strange),
-        f"{memory} bytes of shared memory": memory + 1024 > _SHARED_MEMORY_BYTES,
     }
-    for what, refused in refusals.items():
-        if refused:
-            raise NotImplementedError(f"hopper.gated_matmul does not do {what}")
+    refuse("hopper.gated_matmul", refusals, shared_memory_bytes=tiling.shared_memory_bytes)
 
 
 def _primitives(jaxpr: Any) -> set[str]:
@@ -203,7 +198,7 @@ def _kernel(
         lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
     def compute():
-        rows = pl.ds(warpgroup * _ROWS, _ROWS)
+        rows = pl.ds(warpgroup * ROWS, ROWS)
 
         def start(acc, number):
             """Begin to add the products of one block to `acc`; returns the sum."""
@@ -225,7 +220,7 @@ def _kernel(
             plgpu.barrier_arrive(free.at[lax.rem(number, stages)])
 
         def product(done):
-            shape = (_ROWS, 2 * columns)
+            shape = (ROWS, 2 * columns)
             if interpret:
 
                 def step(k, acc):
@@ -258,7 +253,7 @@ def _kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
                 out_smem.at[warpgroup],
-                out_ref.at[pl.ds(row + warpgroup * _ROWS, _ROWS), pl.ds(column, columns)],
+                out_ref.at[pl.ds(row + warpgroup * ROWS, ROWS), pl.ds(column, columns)],
             )
 
         for_each_tile(tile)

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu_timing import (
+    Card,
     all_at_once,
     compile_timer,
-    copy_bytes_per_s,
-    matmul_flops_per_s,
 )
 from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -91,11 +90,10 @@ def gpu_timer(
 
 def gpu_records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:
     """Yield the JSON record of each case whose name contains `match`, by implementation."""
-    device = jax.devices()[0]
-    bytes_ceiling, flops_ceiling = copy_bytes_per_s(), matmul_flops_per_s()
+    card = Card.measured()
     chosen = [(spec, name) for spec in GPU_SPECS if match in spec.name for name in implementations]
     compilers = [
-        partial(gpu_timer, spec, device_kind=device.device_kind, implementation=name)
+        partial(gpu_timer, spec, device_kind=card.kind, implementation=name)
         for spec, name in chosen
     ]
     for (spec, name), timer in zip(chosen, all_at_once(compilers), strict=True):
@@ -104,19 +102,8 @@ def gpu_records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:
         except jax.errors.JaxRuntimeError as error:  # XLA's own may need more memory than there is
             print(f"{spec.name}, {name}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
-        bytes_per_s, flops_per_s = spec.used_bytes / seconds, spec.flops / seconds
-        yield {
-            "op": "grouped_matmul",
-            "case": spec.name,
-            "implementation": name,
-            "us": round(1e6 * seconds, 1),
-            "tb_per_s": round(bytes_per_s / 1e12, 3),
-            "share_of_copy": round(bytes_per_s / bytes_ceiling, 3),
-            "tflop_per_s": round(flops_per_s / 1e12, 1),
-            "share_of_matmul": round(flops_per_s / flops_ceiling, 3),
-            "device": device.device_kind,
-            "jax": jax.__version__,
-        }
+        head = {"op": "grouped_matmul", "case": spec.name, "implementation": name}
+        yield card.record(head, seconds, num_bytes=spec.used_bytes, flops=spec.flops)
 
 
 def main(argv: list[str] | None = None) -> None:

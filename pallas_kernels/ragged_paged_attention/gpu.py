@@ -162,7 +162,7 @@ def prefill_tiling(problem: Problem, device_kind: str | None = None) -> Tiling:
 
 def hopper_config(problem: Problem, device_kind: str | None) -> hopper.PrefillConfig | None:
     """Sizes of the kernel for Hopper GPUs; None where the device is none, or unknown."""
-    if device_kind is None or not is_hopper(device_kind) or problem.interpret:
+    if not is_hopper(device_kind) or problem.interpret:
         return None
     measured = tuned(device_kind, HOPPER_PREFILL, tuning_key(problem))
     config = hopper.default_config(problem.head_dim, problem.group)

@@ -8,9 +8,8 @@ the other multiplies. Two thread blocks (a cluster) take neighbouring heads of t
 each copies half of its keys and values into the shared memory of both.
 """
 
-import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,18 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper_blocks import ALIGNMENT, ROWS, SWIZZLE_BYTES, swizzled
 from pallas_kernels.ragged_paged_attention.hopper_parts import (
-    ALIGNMENT,
     LOG2_E,
     LOWEST,
-    ROWS,
     SUMS,
-    SWIZZLE_BYTES,
     Layouts,
-    refuse,
+    refuse_attention,
     rescaled,
     softmax,
-    swizzled,
 )
 
 _COMPUTE_WARPGROUPS = 2
@@ -177,7 +173,7 @@ def prefill(
     if config is None:
         config = default_config(head_dim, group)
     if interpret is not None:  # The interpreter has no clusters.
-        config = dataclasses.replace(config, cluster=1)
+        config = replace(config, cluster=1)
     _check(q, cache, scale, config)
 
     unit = min(page_size, config.block_kv)
@@ -272,7 +268,7 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: PrefillConfig) 
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // cache.shape[1]
     registers = 128 * (_COMPUTE_WARPGROUPS * config.compute_registers + config.copy_registers)
-    refuse(
+    refuse_attention(
         "hopper.prefill",
         q,
         cache,

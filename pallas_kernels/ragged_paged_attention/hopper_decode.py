@@ -20,17 +20,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper_blocks import ALIGNMENT, ROWS, swizzled
 from pallas_kernels.ragged_paged_attention.hopper_parts import (
-    ALIGNMENT,
     LOG2_E,
     LOWEST,
-    ROWS,
     SUMS,
     Layouts,
-    refuse,
+    refuse_attention,
     rescaled,
     softmax,
-    swizzled,
 )
 
 STATISTICS = 8  # Columns behind a head's outputs: the first half its maximum, the others its sum.
@@ -187,7 +185,7 @@ def _check(q: jax.Array, cache: jax.Array, scale: float, config: DecodeConfig) -
     """Refuse what the kernel does not do."""
     num_tokens, num_heads, head_dim = q.shape
     group, queries = num_heads // cache.shape[1], num_tokens * num_heads
-    refuse(
+    refuse_attention(
         "hopper_decode.decode",
         q,
         cache,

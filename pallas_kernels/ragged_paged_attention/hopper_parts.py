@@ -1,4 +1,4 @@
-"""What the kernels for Hopper GPUs, for prompts and for single tokens, have in common."""
+"""What attention on Hopper GPUs has in common for prompts and for single tokens."""
 
 import functools
 import math
@@ -10,24 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper_blocks import refuse
+
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # A running maximum before the first key; finite, so that no inf - inf arises.
-ROWS = 64  # The height of Hopper's matrix instruction.
-ALIGNMENT = 8  # Rows: the height of a swizzle atom in shared memory.
-SWIZZLE_BYTES = 128
 SUMS = 8  # Columns a row's sum is kept in: four threads hold two each.
-_SHARED_MEMORY_BYTES = 227 * 1024
 
 
-def swizzled(dtype: jnp.dtype) -> tuple:
-    """Transforms of arrays in shared memory that matrix instructions read."""
-    return (
-        plgpu.TilingTransform((ALIGNMENT, SWIZZLE_BYTES // dtype.itemsize)),
-        plgpu.SwizzleTransform(SWIZZLE_BYTES),
-    )
-
-
-def refuse(
+def refuse_attention(
     kernel: str,
     q: jax.Array,
     cache: jax.Array,
@@ -57,13 +47,8 @@ def refuse(
         ),
         **further,
         f"scale {scale}, not positive": scale <= 0,
-        f"{shared_memory_bytes} bytes of shared memory": (
-            shared_memory_bytes + 1024 > _SHARED_MEMORY_BYTES
-        ),
     }
-    for what, refused in refusals.items():
-        if refused:
-            raise NotImplementedError(f"{kernel} does not do {what}")
+    refuse(kernel, refusals, shared_memory_bytes=shared_memory_bytes)
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import NoImplementation
 from pallas_kernels.gated_matmul import gated_matmul, hopper, reference
-from pallas_kernels.gated_matmul.arg_specs import ARG_SPECS, GPU_SPECS, ArgSpec, silu
+from pallas_kernels.gated_matmul.arg_specs import ARG_SPECS, GPU_SPECS, ArgSpec
+from pallas_kernels.grouped_matmul.arg_specs import gated
 
 from .cuda_lowering import A100, H100, lowered_for_cuda
-
-try:
-    InterpretGPUParams = getattr(plgpu, "InterpretGPUParams")  # noqa: B009  # JAX 0.11 and later.
-except AttributeError:
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from .gpu_interpreter import InterpretGPUParams
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}  # of the norm of the result
 SPEC = ArgSpec("panels", 384, 128, 256)
@@ -75,14 +71,14 @@ def test_it_is_the_product_with_its_halves_combined(dtype: str, rows: int) -> No
 )
 def test_shapes_that_do_not_fit_are_named(x, w, found) -> None:
     with pytest.raises(ValueError, match=found):
-        gated_matmul(jnp.zeros(x), jnp.zeros(w), combine=silu)
+        gated_matmul(jnp.zeros(x), jnp.zeros(w), combine=gated)
 
 
 def test_dtypes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="float32 and w bfloat16"):
-        gated_matmul(jnp.zeros((2, 3)), jnp.zeros((3, 4), jnp.bfloat16), combine=silu)
+        gated_matmul(jnp.zeros((2, 3)), jnp.zeros((3, 4), jnp.bfloat16), combine=gated)
     with pytest.raises(ValueError, match="int32"):
-        gated_matmul(jnp.zeros((2, 3), jnp.int32), jnp.zeros((3, 4), jnp.int32), combine=silu)
+        gated_matmul(jnp.zeros((2, 3), jnp.int32), jnp.zeros((3, 4), jnp.int32), combine=gated)
 
 
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
@@ -116,6 +112,17 @@ def test_other_gpus_do_not() -> None:
         assert "dot_general" in text
 
 
+@pytest.mark.parametrize("device_kind", [None, "cpu", "TPU v5 lite", A100])
+def test_the_kernel_is_not_even_imported_for_other_devices(
+    device_kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(hopper, "gated_matmul")
+    call = partial(gated_matmul, combine=gated, device_kind=device_kind)
+    jax.jit(call).trace(*ARG_SPECS[0].shapes())
+    with pytest.raises(AttributeError):
+        jax.jit(partial(call, device_kind=H100)).trace(*ARG_SPECS[0].shapes())
+
+
 @pytest.mark.parametrize("rows", [1, 64, 129, 320])
 def test_parts_of_tiles_are_left_to_xla(rows: int) -> None:
     assert "mosaic_gpu" not in lowered(ArgSpec("", rows, 4096, 14336))
@@ -135,7 +142,7 @@ def test_parts_of_tiles_are_left_to_xla(rows: int) -> None:
 )
 def test_it_says_what_it_does_not_do(changes: dict, reason: str) -> None:
     spec = ArgSpec(
-        **{"name": "", "rows": 128, "inner": 64, "width": 128, "combine": silu, **changes}
+        **{"name": "", "rows": 128, "inner": 64, "width": 128, "combine": gated, **changes}
     )
     with pytest.raises(NoImplementation) as refusal:
         lowered(spec, implementation="hopper")

@@ -13,19 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu, gpu_bench, hopper_decode
 from pallas_kernels.ragged_paged_attention.arg_specs import ARG_SPECS, WIDTHS, ArgSpec
 from pallas_kernels.ragged_paged_attention.hopper_decode import DecodeConfig
 
 from .cuda_lowering import H100, lowered_for_cuda
+from .gpu_interpreter import InterpretGPUParams
 from .test_gpu_attention import TOLERANCE, relative_error
-
-try:
-    InterpretGPUParams = getattr(plgpu, "InterpretGPUParams")  # noqa: B009  # JAX 0.11 and later.
-except AttributeError:
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 
 def singles(spec: ArgSpec) -> ArgSpec:

@@ -7,18 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import hopper, reference
 from pallas_kernels.ragged_paged_attention.arg_specs import ArgSpec
 from pallas_kernels.ragged_paged_attention.layout import write_tokens
 
 from .cuda_lowering import lowered_for_cuda
-
-try:
-    InterpretGPUParams = getattr(plgpu, "InterpretGPUParams")  # noqa: B009  # JAX 0.11 and later.
-except AttributeError:
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from .gpu_interpreter import InterpretGPUParams
 
 ROWS = ((1, 37), (70, 70), (0, 0), (5, 133), (33, 300))
 # Tokens enough that every tile of queries lies in the array. On a card, what lies past its end

@@ -8,11 +8,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tuning
+from pallas_kernels import gpu_timing, tuning
+from pallas_kernels.gated_matmul import arg_specs as gated_arg_specs
+from pallas_kernels.gated_matmul import bench as gated_bench
 from pallas_kernels.gpu_timing import compile_timer
+from pallas_kernels.grouped_matmul import arg_specs
+from pallas_kernels.grouped_matmul import bench as grouped_bench
 from pallas_kernels.grouped_matmul import gpu as grouped_matmul
 from pallas_kernels.ragged_paged_attention import gpu, gpu_bench, hopper, hopper_decode
 from pallas_kernels.tune import best_of
@@ -103,6 +108,39 @@ def test_counted_work_is_that_of_the_published_figures() -> None:
     by_name = {case.name: case for case in gpu_bench.CASES}
     assert by_name["decode_64x1024"].kv_bytes == 64 * 1024 * 8 * 128 * 2 * 2
     assert by_name["prefill_1x8192"].flops == 2 * 8192**2 * 32 * 128
+
+
+def test_a_record_has_rates_and_shares_of_what_the_card_reaches() -> None:
+    card = gpu_timing.Card("NVIDIA H100", bytes_per_s=2.5e12, flops_per_s=6e14)
+    record = card.record({"op": "x"}, 1e-4, num_bytes=200_000_000, flops=30_000_000_000)
+    assert record.pop("jax") == jax.__version__
+    assert record == {
+        "op": "x",
+        "us": 100.0,
+        "tb_per_s": 2.0,
+        "share_of_copy": 0.8,
+        "tflop_per_s": 300.0,
+        "share_of_matmul": 0.5,
+        "device": "NVIDIA H100",
+    }
+
+
+def test_benches_of_gpus_yield_a_record_for_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = gpu_timing.Card("NVIDIA H100", bytes_per_s=2.5e12, flops_per_s=6e14)
+    monkeypatch.setattr(gpu_timing.Card, "measured", lambda: card)
+    gated = gated_arg_specs.ArgSpec("small", 4, 16, 8)
+    grouped = arg_specs.ArgSpec("small", 8, 2, 16, 8, (4, 4), "bfloat16")
+    monkeypatch.setattr(gated_bench, "GPU_SPECS", (gated,))
+    monkeypatch.setattr(grouped_bench, "GPU_SPECS", (grouped,))
+    found = [
+        *gated_bench.records("", ("xla",)),
+        *grouped_bench.gpu_records("", ("ragged_dot",)),
+    ]
+    assert [(each["op"], each["case"]) for each in found] == [
+        ("gated_matmul", "small"),
+        ("grouped_matmul", "small"),
+    ]
+    assert all(each["device"] == card.kind for each in found)
 
 
 def test_cases_run_as_they_are_timed() -> None:
