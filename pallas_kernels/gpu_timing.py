@@ -1,14 +1,16 @@
 """Timing kernels on a GPU, and what the card can do at most.
 
-A program runs a call several times, on other inputs each time. The time of one call is the slope
-between a short and a long program: what starting a program costs cancels out.
+A program runs a call many times, on other inputs each time, and is run many times; the host is
+ahead of the device all the time, so that neither starting a program nor waiting for its end counts.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-REPEATS = 9
+SAMPLES, SAMPLE_S = 5, 0.04  # The median of so many counts; each lasts so long at least.
+AHEAD = 4  # Runs that the host starts before it waits for the first of them.
 # Without CUDA graphs: updating one takes the host longer than a small kernel runs, 15 us a node.
 OPTIONS = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
 
@@ -35,23 +38,30 @@ def all_at_once(compilers: Sequence[Callable[[], T]]) -> list[Future[T]]:
     return futures
 
 
-def median_s(call: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median seconds until the arrays that `call` returns are there, once the device is warm."""
+def seconds_per_run(call: Callable[[], object]) -> float:
+    """Seconds that a run of `call`, which returns arrays, takes the device, once it is warm."""
+
+    def run(enough: Callable[[int], bool]) -> tuple[int, float]:
+        """Run until `enough`, given the number of runs; returns it and the seconds a run took."""
+        started, done, running = time.perf_counter(), 0, deque()
+        while not enough(done):
+            running.append(call())
+            done += 1
+            if len(running) > AHEAD:
+                jax.block_until_ready(running.popleft())
+        jax.block_until_ready(list(running))
+        return done, (time.perf_counter() - started) / done
+
     warm_at = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < warm_at:
-        jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    _, seconds = run(lambda done: done > AHEAD and time.perf_counter() > warm_at)
+    runs = max(AHEAD, math.ceil(SAMPLE_S / seconds))
+    return statistics.median(run(lambda done: done == runs)[1] for _ in range(SAMPLES))
 
 
 def compile_timer(
     call: Callable[..., jax.Array],
     make: Callable[[], tuple[Sequence[Any], Any]],
-    counts: tuple[int, int],
+    calls: int,
 ) -> Callable[[], float]:
     """Compile what times one `call(each, *shared)`; the result runs it and returns seconds.
 
@@ -60,7 +70,7 @@ def compile_timer(
     Args:
         make: makes the inputs, of which each call takes the next, and `shared`. An input may come
             again, with so many others in between that it has left the card's cache.
-        counts: calls of the shorter and of the longer program.
+        calls: of a program. What depends on `shared` alone is computed once for all of them.
     """
     inputs, shared = jax.eval_shape(make)
     call = jax.jit(call)  # traced and lowered once, however often it is called
@@ -70,19 +80,15 @@ def compile_timer(
         results = jax.lax.optimization_barrier([call(each, *shared) for each in used])
         return jnp.stack([result.ravel()[0] for result in results])
 
-    def taken(inputs: Sequence[Any], count: int) -> tuple[Any, ...]:
-        return tuple(inputs[i % len(inputs)] for i in range(count))
+    def taken(inputs: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(inputs[i % len(inputs)] for i in range(calls))
 
     options = OPTIONS.get(jax.default_backend())
-    programs = [jax.jit(program).lower(taken(inputs, n), shared).compile(options) for n in counts]
+    compiled = jax.jit(program).lower(taken(inputs), shared).compile(options)
 
     def time_s() -> float:
         inputs, shared = make()
-        seconds = [
-            median_s(partial(compiled, taken(inputs, count), shared))
-            for count, compiled in zip(counts, programs, strict=True)
-        ]
-        return (seconds[1] - seconds[0]) / (counts[1] - counts[0])
+        return seconds_per_run(partial(compiled, taken(inputs), shared)) / calls
 
     return time_s
 
@@ -91,14 +97,14 @@ def copy_bytes_per_s(num_bytes: int = 2**31) -> float:
     """Bytes read plus written per second by a large elementwise copy: the memory's ceiling."""
     x = jax.random.normal(jax.random.key(0), (num_bytes // 2,), jnp.bfloat16)
     double = jax.jit(lambda x: x * 2)
-    return 2 * num_bytes / median_s(lambda: double(x))
+    return 2 * num_bytes / seconds_per_run(lambda: double(x))
 
 
 def matmul_flops_per_s(size: int = 8192) -> float:
     """Operations per second of a large bfloat16 matrix product: the tensor cores' ceiling."""
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / median_s(lambda: product(x))
+    return 2 * size**3 / seconds_per_run(lambda: product(x))
 
 
 @dataclass(frozen=True)

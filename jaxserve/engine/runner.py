@@ -26,8 +26,8 @@ from jaxserve.scheduler.buckets import Bucket
 from jaxserve.scheduler.scheduler import Batch
 from model_defs.sharding import DATA
 
-# From so many tokens on, a step's products are large enough for cuBLAS.
-CUBLAS_TOKENS = 512
+# From so many tokens on, cuBLAS has the faster products.
+CUBLAS_TOKENS = 48
 
 
 def compiler_options(platform: str, bucket: Bucket) -> dict[str, str | bool] | None:
@@ -35,8 +35,9 @@ def compiler_options(platform: str, bucket: Bucket) -> dict[str, str | bool] | N
 
     On a GPU, everything goes into CUDA graphs: XLA's own choice leaves out branches and loops, and
     before each it waits for the device, so that no step would be prepared while another one runs.
-    Large products are left to cuBLAS alone: where XLA also tries Triton, it decides so late for
-    cuBLAS that the addition to the residual becomes a pass of its own over memory.
+    Products of many tokens are left to cuBLAS alone. Where XLA also tries Triton, it times both on
+    weights that the card's cache still holds, and keeps kernels that are slower on others; and it
+    decides so late for cuBLAS that adding to the residual becomes a pass of its own over memory.
     """
     if platform != "gpu":
         return None

@@ -33,8 +33,7 @@ def timer(spec: ArgSpec, implementation: str, device_kind: str) -> Callable[[], 
         options = {"device_kind": device_kind, "implementation": implementation}
         return gated_matmul(x, w, combine=spec.combine, **options)
 
-    # Many calls: a card near its power limit changes its clock between two programs.
-    return compile_timer(call, make, (1, 25))
+    return compile_timer(call, make, 12)
 
 
 def records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:

@@ -71,7 +71,7 @@ def gpu_timer(
 
     Calls in a row use other matrices, so that none of them is still in the card's cache.
     """
-    counts = (1, 7) if spec.num_rows > 8192 else (4, 36)
+    calls = 4 if spec.num_rows > 8192 else 24
 
     def make():
         x, w, group_sizes, *rows = spec.device_arguments()
@@ -85,7 +85,7 @@ def gpu_timer(
     def call(w, x, group_sizes, *rows):
         return product(x, w, group_sizes, *rows, **spec.options)
 
-    return compile_timer(call, make, counts)
+    return compile_timer(call, make, calls)
 
 
 def gpu_records(match: str, implementations: tuple[str, ...]) -> Iterator[dict]:

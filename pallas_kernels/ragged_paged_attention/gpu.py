@@ -46,7 +46,7 @@ LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # Finite, so that a fully masked row makes no NaN.
 _MANY_TOKENS, _TOKENS_TO_WRITE = 1024, 8  # from so many on, a program writes several
 _CLEARING_PROGRAMS = 528
-_TO_MERGE = 8192  # elements of a trip of the merge: items times heads times columns
+_TO_MERGE = 2048, 4096, 8192  # elements of a trip of the merge: items times heads times columns
 _SMALLEST = 16  # Rows, columns and inner sizes of a tensor-core product, at least.
 
 
@@ -356,8 +356,9 @@ def decode_items(
 
     num_cleared: so many rows, the first, get an item even if they have no keys, and become zero.
 
-    Returns i32[items, 6]: (row, first key, end of the keys, tokens of the row, its first item, how
-    many it has); the unused, last, have row -1.
+    Returns i32[items, 7]: (row, first key, end of the keys, tokens of the row, number of its first
+    item, how many it has, the item's own number); the unused, last, have row -1. Where rows are too
+    many to be cut, the longest come first.
     """
     del query_starts
     keys, num_rows = tiling.keys, kv_lens.shape[0]
@@ -382,7 +383,22 @@ def decode_items(
     stop = jnp.minimum(stop, lens[row])
     first_item = (ends - counts)[row]
     row_or_none = jnp.where(used, row, -1)
-    return jnp.stack([row_or_none, start, stop, lens[row], first_item, counts[row]], 1)
+    items = jnp.stack([row_or_none, start, stop, lens[row], first_item, counts[row], ids], 1)
+    if num_rows < target // 2:  # Rows are cut into items of a length.
+        return items
+    return _longest_first(jnp.where(used, stop - start, -1), items)
+
+
+def _longest_first(size: jax.Array, items: jax.Array) -> jax.Array:
+    """Order `items` so that those that are short come last, and with them the unused, of size -1.
+
+    Every item is compared with every other: XLA's sort takes longer than attention of a layer does.
+    """
+    ids = jnp.arange(size.shape[0], dtype=jnp.int32)
+    is_tie = size[None] == size[:, None]
+    goes_before = (size[None] > size[:, None]) | (is_tie & (ids[None] < ids[:, None]))
+    place = goes_before.sum(1, dtype=jnp.int32)
+    return jnp.zeros_like(items).at[place].set(items, unique_indices=True)
 
 
 def prefill_tiles(
@@ -449,8 +465,8 @@ def _decode(problem, tiling, items, page_table, q, cache, per_head, out):
     def kernel(items_ref, table_ref, q_ref, cache_ref, *refs):
         per_head_refs = refs[: len(per_head)]
         out_ref, arrived_ref, *part_refs = refs[-len(outputs) :]
-        head_tile, item = pl.program_id(0), pl.program_id(1)
-        row, start, stop, kv_len, first, count = (items_ref[item, i] for i in range(6))
+        head_tile, place = pl.program_id(0), pl.program_id(1)
+        row, start, stop, kv_len, first, count, item = (items_ref[place, i] for i in range(7))
 
         @pl.when(row >= 0)
         def _():
@@ -507,10 +523,25 @@ def _decode(problem, tiling, items, page_table, q, cache, per_head, out):
 def _merge_items(problem, parts_ref, statistics_of, out_ref, row, span, head_tile, num_heads):
     """Combine the items of a row, in their order, for a tile of `num_heads` heads of a kv head.
 
+    A trip takes as long for two items as for all it has room for; so its room depends on how many
+    there are.
     statistics_of: views of the maxima and sums, given items and heads. span: first item, how many.
     """
+    columns = pl.next_power_of_2(problem.v_head_dim)
+    sizes = sorted({max(1, elements // (num_heads * columns)) for elements in _TO_MERGE})
+    for smaller, each in zip([-1, *sizes], sizes, strict=False):
+        fits = (span[1] > smaller) & ((span[1] <= each) | (each == sizes[-1]))
+
+        @pl.when(fits)
+        def _(each=each):
+            _merge_trips(
+                each, problem, parts_ref, statistics_of, out_ref, row, span, head_tile, num_heads
+            )
+
+
+def _merge_trips(each, problem, parts_ref, statistics_of, out_ref, row, span, head_tile, num_heads):
+    """What `_merge_items` does, `each` items a trip."""
     first, count = span
-    each = max(1, _TO_MERGE // (num_heads * pl.next_power_of_2(problem.v_head_dim)))
     _, heads, is_head = _heads(problem, each * num_heads, head_tile, num_heads)
     index = jnp.arange(each * num_heads, dtype=jnp.int32)
 

@@ -22,15 +22,17 @@ from pallas_kernels.gpu_timing import compile_timer
 from pallas_kernels.ragged_paged_attention import gpu, hopper, hopper_decode
 from pallas_kernels.ragged_paged_attention.layout import cache_shape
 
+LAYERS = 32  # Calls in a row, which share what is worked out from the step's metadata.
 CACHE_BYTES = 2**27  # calls in a row read as much in all: more than the card keeps
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of equal length.
+    """Rows of equal length, or of many lengths.
 
-    new, kv: tokens of each row in this step, and in all. fa3_us: FlashAttention 3 (paged, pages of
-    16 tokens) on an H100 80GB HBM3, torch 2.11, CUDA 13.0; None where it was not measured.
+    new, kv: tokens of each row in this step, and in all. shortest: where given, the rows have from
+    so many to `kv` tokens, each number as likely as another. fa3_us: FlashAttention 3 (paged, pages
+    of 16 tokens) on an H100 80GB HBM3, torch 2.11, CUDA 13.0; None where it was not measured.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Case:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    shortest: int | None = None
     fa3_us: float | None = None
 
     @property
@@ -48,12 +51,18 @@ class Case:
         return self.new == 1
 
     @property
+    def kv_lens(self) -> np.ndarray:
+        if self.shortest is None:
+            return np.full(self.rows, self.kv)
+        return np.random.default_rng(0).integers(self.shortest, self.kv + 1, self.rows)
+
+    @property
     def kv_bytes(self) -> int:
-        return self.rows * self.kv * self.num_kv_heads * 2 * self.head_dim * 2
+        return int(self.kv_lens.sum()) * self.num_kv_heads * 2 * self.head_dim * 2
 
     @property
     def flops(self) -> int:
-        pairs = self.rows * (self.new * self.kv - self.new * (self.new - 1) // 2)
+        pairs = self.new * int(self.kv_lens.sum()) - self.rows * self.new * (self.new - 1) // 2
         if self.new == self.kv:  # the convention of the published figures
             pairs = self.rows * self.new**2 // 2
         return 4 * pairs * self.num_heads * self.head_dim
@@ -65,7 +74,7 @@ class Case:
         return tuple(
             jnp.asarray(x, jnp.int32)
             for x in (
-                np.full(self.rows, self.kv),
+                self.kv_lens,
                 table.reshape(self.rows, per_row),
                 np.arange(self.rows + 1) * self.new,
                 [self.rows if self.is_decode else 0, self.rows, self.rows],
@@ -109,13 +118,12 @@ def case_timer(
 
     options: of `gpu.attend`.
     """
-    counts = (8, 72) if case.kv_bytes < CACHE_BYTES else (4, 20)
-    copies = min(counts[1], max(1, math.ceil(CACHE_BYTES / case.kv_bytes)))
+    copies = min(LAYERS, max(1, math.ceil(CACHE_BYTES / case.kv_bytes)))
     given = {"decode" if case.is_decode else "prefill": sizes}
 
     def make():
         caches = [case.cache(seed) for seed in range(copies)]
-        inputs = [(case.queries(i), caches[i % copies]) for i in range(counts[1])]
+        inputs = [(case.queries(i), caches[i % copies]) for i in range(LAYERS)]
         return inputs, case.metadata()
 
     def call(inputs, *metadata):
@@ -131,7 +139,7 @@ def case_timer(
             **options,
         )
 
-    return compile_timer(call, make, counts)
+    return compile_timer(call, make, LAYERS)
 
 
 def candidates(
@@ -144,10 +152,9 @@ def candidates(
         tilings = [
             gpu.Tiling(rows, keys, num_warps, num_stages, programs)
             for keys, num_warps, num_stages in (
-                *((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 4, 3), (128, 4, 5), (128, 8, 3)),
-                *((32, 2, 5), (32, 4, 5)),
+                *((32, 4, 5), (64, 4, 2), (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5)),
             )
-            for programs in (528, 1056)
+            for programs in (440, 528, 1056)
         ]
         if not on_hopper:
             return {gpu.DECODE: tilings}
@@ -179,11 +186,17 @@ def candidates(
 
 CASES: tuple[Case, ...] = (
     Case("decode_1x1024", 1, 1, 1024, fa3_us=16.7),
+    Case("decode_64x200", 64, 1, 200),
     Case("decode_64x1024", 64, 1, 1024, fa3_us=107.0),
     Case("decode_256x1024", 256, 1, 1024, fa3_us=379.5),
     Case("decode_64x8192", 64, 1, 8192, fa3_us=715.4),
     Case("decode_16x32768", 16, 1, 32768, fa3_us=715.5),
+    Case("decode_200x75to1500", 200, 1, 1500, shortest=75),
+    Case("decode_16x1600to32000", 16, 1, 32000, shortest=1600),
     Case("decode_64x4096_64heads", 64, 1, 4096, num_heads=64, fa3_us=368.6),
+    Case("decode_8x1024_16kvheads", 8, 1, 1024, num_heads=16, num_kv_heads=16),
+    Case("decode_64x1024_16kvheads", 64, 1, 1024, num_heads=16, num_kv_heads=16),
+    Case("decode_64x75to1500_64heads", 64, 1, 1500, num_heads=64, shortest=75),
     Case("prefill_1x2048", 1, 2048, 2048, fa3_us=80.9),
     Case("prefill_1x8192", 1, 8192, 8192, fa3_us=868.9),
     Case("prefill_4x2048", 4, 2048, 2048, fa3_us=301.7),

@@ -210,3 +210,23 @@ def test_tiles_cover_every_token_once():
     assert sorted(seen) == list(range(1, 50))
     assert [seen[t] for t in (1, 30, 31, 36)] == [10, 39, 17, 22]
     assert all(seen[t] == -1 for t in range(37, 50))
+
+
+@pytest.mark.parametrize(("programs", "is_sorted"), [(8, True), (1000, False)])
+def test_items_cover_every_key_once_and_whole_rows_go_longest_first(programs, is_sorted):
+    problem = gpu.Problem(8, 2, 64, 64, 16, False, 1.0, None, None, None, False, False, True)
+    tiling = gpu.Tiling(rows=16, keys=16, num_warps=4, num_stages=2, programs=programs)
+    lens = np.array([40, 300, 0, 17, 16, 90, 500])
+    given = (jnp.asarray(x, jnp.int32) for x in (lens, np.arange(8), [6, 7, 7]))
+    items = np.asarray(gpu.decode_items(problem, tiling, *given, num_cleared=3))
+    assert sorted(items[:, 6]) == list(range(len(items)))
+    sizes = np.where(items[:, 0] >= 0, items[:, 2] - items[:, 1], -1)
+    assert (np.diff(sizes) <= 0).all() == is_sorted
+    used = items[sizes >= 0]
+    for row, kv_len in enumerate([*lens[:6], 0]):
+        mine = used[used[:, 0] == row]
+        mine = mine[mine[:, 6].argsort()]
+        numbers = [] if not len(mine) else list(range(mine[0, 4], mine[0, 4] + mine[0, 5]))
+        assert list(mine[:, 6]) == numbers
+        assert [k for _, low, high, *_ in mine for k in range(low, high)] == list(range(kv_len))
+    assert (used[used[:, 0] == 2][:, 1:4] == 0).all()

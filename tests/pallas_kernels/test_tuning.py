@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,15 @@ def test_counted_work_is_that_of_the_published_figures() -> None:
     assert by_name["prefill_1x8192"].flops == 2 * 8192**2 * 32 * 128
 
 
+def test_rows_of_many_lengths_count_what_they_hold() -> None:
+    case = gpu_bench.Case("x", rows=5, new=1, kv=50, num_kv_heads=2, head_dim=16, shortest=10)
+    kv_lens, page_table, _, _ = case.metadata()
+    assert 10 <= kv_lens.min() < kv_lens.max() <= 50
+    assert page_table.shape == (5, 4)
+    assert case.kv_bytes == int(kv_lens.sum()) * 2 * 2 * 16 * 2
+    assert case.flops == 4 * int(kv_lens.sum()) * 32 * 16
+
+
 def test_a_record_has_rates_and_shares_of_what_the_card_reaches() -> None:
     card = gpu_timing.Card("NVIDIA H100", bytes_per_s=2.5e12, flops_per_s=6e14)
     record = card.record({"op": "x"}, 1e-4, num_bytes=200_000_000, flops=30_000_000_000)
@@ -153,11 +163,20 @@ def test_cases_run_as_they_are_timed() -> None:
         )()
 
 
-def test_the_time_of_a_call_is_a_slope() -> None:
-    def make():
-        return [jnp.ones((64, 64))] * 4, (jnp.eye(64),)
+def test_the_time_of_a_call_is_a_share_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_program(run):
+        assert run().shape == (3,)
+        return 6.0
 
-    assert compile_timer(lambda x, y: x @ y, make, (1, 4))() < 1
+    def make():
+        return [jnp.ones((8, 8))] * 2, (jnp.eye(8),)
+
+    monkeypatch.setattr(gpu_timing, "seconds_per_run", of_program)
+    assert compile_timer(lambda x, y: x @ y, make, calls=3)() == 2.0
+
+
+def test_runs_are_timed_with_what_they_wait_for() -> None:
+    assert gpu_timing.seconds_per_run(lambda: time.sleep(0.01)) >= 0.01
 
 
 @pytest.mark.parametrize("module", ["bench", "tune"])
