@@ -1,6 +1,6 @@
 """Time the kernels on this machine: `python -m pallas_kernels.bench [op]`, one JSON line a case.
 
-On a GPU, ragged paged attention is timed alone, on the cases that FlashAttention 3 was; its figure
+On a GPU, ragged paged attention is timed alone; where FlashAttention 3 was timed, too, its figure
 stands beside ours, with the share of what a copy (decode) or a matrix product (prefill) reaches on
 this card. Everything else is timed by the operation's own bench, which takes further arguments.
 """

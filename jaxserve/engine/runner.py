@@ -35,9 +35,9 @@ def compiler_options(platform: str, bucket: Bucket) -> dict[str, str | bool] | N
 
     On a GPU, everything goes into CUDA graphs: XLA's own choice leaves out branches and loops, and
     before each it waits for the device, so that no step would be prepared while another one runs.
-    Products of many tokens are left to cuBLAS alone. Where XLA also tries Triton, it times both on
-    weights that the card's cache still holds, and keeps kernels that are slower on others; and it
-    decides so late for cuBLAS that adding to the residual becomes a pass of its own over memory.
+    Products of many tokens are left to cuBLAS alone. Where XLA also tries Triton, it keeps kernels
+    that are slower in a step (presumably it times both on weights that the card's cache holds); and
+    it decides so late for cuBLAS that adding to the residual becomes a pass of its own over memory.
     """
     if platform != "gpu":
         return None
